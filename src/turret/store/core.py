@@ -29,7 +29,7 @@ from turret.data.memory import is_rows_source
 from turret.database import Database, plain_errors
 from turret.disk import PRIVATE, make_folder
 from turret.errors import BadReference, Corrupt, NotFound, StoreError
-from turret.json_types import JsonObject
+from turret.json_types import JsonObject, Plain
 from turret.location import Location
 from turret.manifest import Manifest
 from turret.reference import Reference, check_alias, check_name
@@ -44,7 +44,7 @@ from turret.store.gates import Gate, GateStatus
 from turret.store.golden import Golden, GoldenReplay, GoldenSet
 from turret.store.panels import Panels
 from turret.store.queued_data import collect as collect_queued
-from turret.store.runs import HeldRun, RunOutcome, RunRow, State, TrainingRuns
+from turret.store.runs import HeldRun, RunRow, State, TrainingRuns
 from turret.store.scratch import Removed
 from turret.store.upkeep import Collected, Verified
 from turret.store.uploads import Upload
@@ -196,7 +196,6 @@ class Store:
         self.location = self._shared.location
         self.root = self._shared.root  # on this machine: all of a folder store; the runs of a store with a URL
         self._catalog, self._blobs = self._shared.catalog, self._shared.files
-        self._opened: Database | None = None  # as the access sees it
 
     def __str__(self) -> str:
         return str(self.location)
@@ -226,7 +225,7 @@ class Store:
         metrics: SplitMetrics | None = None,
         comparison: str | None = None,
         inputs: Sequence[bytes] = (),
-        result: Callable[[Version], RunOutcome] | None = None,
+        result: Callable[[Version], Mapping[str, Plain]] | None = None,
     ) -> Version:
         """Store a bundle as the next version of a name, or return the version that already has this content.
 
@@ -594,7 +593,7 @@ class Store:
         return found
 
     def end_run(
-        self, run: HeldRun, state: State, *, error: str | None = None, result: RunOutcome | None = None
+        self, run: HeldRun, state: State, *, error: str | None = None, result: Mapping[str, Plain] | None = None
     ) -> None:
         """End the run as `finished`, `interrupted` (it can be resumed) or `failed`. Raises LeaseLost."""
         self.training_runs(self._open_or_create()).end(run, state, error=error, result=result)
@@ -650,13 +649,9 @@ class Store:
 
     def _open(self) -> Database | None:
         """The database, opened once; None if the store does not exist."""
-        if self._opened is None:
-            found = self._shared.open()
-            self._opened = None if found is None else found.with_access(self.access)
-        return self._opened
+        found = self._shared.open()
+        return None if found is None else found.with_access(self.access)
 
     def _open_or_create(self) -> Database:
         """The database, created if the store does not exist."""
-        if self._opened is None:
-            self._opened = self._shared.open_or_create().with_access(self.access)
-        return self._opened
+        return self._shared.open_or_create().with_access(self.access)

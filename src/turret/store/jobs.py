@@ -47,17 +47,7 @@ from turret.store import leases
 from turret.store.blobs import digest_of
 from turret.store.catalog import now, plain, who
 from turret.store.leases import Lease
-from turret.store.runs import (
-    DEFAULT,
-    HELD,
-    HeldRun,
-    RunOutcome,
-    TrainingRuns,
-    new_id,
-    plain_error,
-    queue_limits,
-    run_log,
-)
+from turret.store.runs import DEFAULT, HELD, HeldRun, TrainingRuns, new_id, plain_error, queue_limits, run_log
 
 if TYPE_CHECKING:
     from turret.store.core import Store
@@ -153,7 +143,7 @@ class JobState(TypedDict):
     id: str
     state: str
     error: str | None
-    result: RunOutcome | None
+    result: JsonObject | None
 
 
 @dataclass(frozen=True)
@@ -578,7 +568,7 @@ class JobQueue:
                     connection.execute(insert(run_log), kept)
         return asked
 
-    def finish(self, taken: Job, result: RunOutcome | StudyResult | None = None) -> None:
+    def finish(self, taken: Job, result: Mapping[str, Plain] | StudyResult | None = None) -> None:
         """Record that a job has ended well. Raises LeaseLost."""
         with self._database.writing() as connection:
             taken.lease.require(connection)
@@ -591,7 +581,7 @@ class JobQueue:
         *,
         again: bool = True,
         outage: bool = False,
-        result: RunOutcome | StudyResult | None = None,
+        result: Mapping[str, Plain] | StudyResult | None = None,
     ) -> Ended | None:
         """Record how a try ended that did not finish the job.
 
@@ -683,7 +673,7 @@ def end_job(
     state: Ended,
     error: str | None,
     by: Lease | None = None,
-    result: RunOutcome | StudyResult | None = None,
+    result: Mapping[str, Plain] | StudyResult | None = None,
 ) -> Ended:
     """Set the state of a job that nobody has, or that the worker with the lease `by` has."""
     ended = None if state in ("waiting", "interrupted") else now()

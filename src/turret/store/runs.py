@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -44,14 +44,12 @@ from turret import audit
 from turret.database import TRAINING, Database, access_of, bytewise, jobs, metadata, seen_runs
 from turret.disk import PRIVATE, describe_error, flush, make_folder, permissions, sync
 from turret.errors import InUse, LeaseLost, StoreError
-from turret.json_types import JsonValue, Plain
-from turret.manifest import FlatLossSpec
+from turret.json_types import JsonObject, JsonValue, Plain
 from turret.store import leases
 from turret.store.artifacts import Artifacts
 from turret.store.blobs import Blob, digest_of
 from turret.store.catalog import now, plain, who
 from turret.store.leases import Lease, LeaseRenewer
-from turret.tasks.shapes import Metrics, SplitMetrics
 
 # --- tables of the queue ----------------------------------------------------------------------------------------------
 # See `turret.store.jobs`.
@@ -96,29 +94,6 @@ NEXT = "its worker ended without a word: another one goes on from the last check
 LOST = "its process ended without a word, or lost the store: the same command goes on from the last checkpoint"
 
 
-class RunOutcome(TypedDict, total=False):
-    """What a run ended with: the fields of `turret.workspace.results.RunResult`, or the kind of its error."""
-
-    version: str
-    digest: str
-    base: dict[str, str]
-    metrics: SplitMetrics
-    parameters: dict[str, int]
-    timing: dict[str, float]
-    memory: dict[str, int | None]
-    bundle_bytes: int
-    run: str
-    resumed_from: int
-    stopped_early: bool
-    flat_loss: FlatLossSpec | None
-    warnings: list[str]
-    advice: list[str]
-    notes: list[str]
-    device: str
-    forgetting: Metrics | None
-    kind: str  # of an error
-
-
 class QueueRow(TypedDict):
     """A run in the queue."""
 
@@ -139,7 +114,7 @@ class RunRow(TypedDict):
     created: str
     ended: str | None
     error: str | None
-    result: RunOutcome | None
+    result: JsonObject | None  # of `turret.workspace.results.RunResult`, or the kind of the error
     tenant: str
     queue: QueueRow | None
 
@@ -299,15 +274,14 @@ class TrainingRuns:
         finally:
             shutil.rmtree(working, ignore_errors=True)
 
-    def finished_result(self, recipe_toml: str, data_digest: str) -> RunOutcome | None:
+    def finished_result(self, recipe_toml: str, data_digest: str) -> JsonObject | None:
         """The result of the newest finished run of this recipe and data; None if there is none."""
         query = select(jobs.c.result).where(_same(recipe_toml, data_digest), jobs.c.state == "finished")
         with self._database.reading() as connection:
             row = connection.execute(query.where(seen_runs(connection)).order_by(jobs.c.id.desc())).first()
-        outcome: RunOutcome | None = None if row is None else row.result
-        return outcome or None
+        return None if row is None else row.result or None
 
-    def end(self, run: HeldRun, state: State, *, error: str | None, result: RunOutcome | None) -> None:
+    def end(self, run: HeldRun, state: State, *, error: str | None, result: Mapping[str, Plain] | None) -> None:
         """Record how the run ended, and release it. Raises LeaseLost if it had ended, or another process has it."""
         try:
             with self._database.writing() as connection:
@@ -318,7 +292,13 @@ class TrainingRuns:
         self._artifacts.discard(dead)
 
     def end_in(
-        self, connection: Connection, run: HeldRun, state: State, *, error: str | None, result: RunOutcome | None
+        self,
+        connection: Connection,
+        run: HeldRun,
+        state: State,
+        *,
+        error: str | None,
+        result: Mapping[str, Plain] | None,
     ) -> list[Blob]:
         """As `end`, in a transaction. Returns the files that are not needed after it, for `Artifacts.discard`."""
         run.require(connection)

@@ -43,7 +43,6 @@ from turret.process import environment
 from turret.recipe import Recipe
 from turret.store import JobQueue, Store
 from turret.store.jobs import Job
-from turret.store.runs import RunOutcome
 from turret.workspace.progress import Say
 
 OUTAGE = 75  # exit status: the store's own places did not answer
@@ -327,7 +326,7 @@ def attempt(
     except TurretError as error:
         if short(error):
             return Ended(SHORT, str(error))
-        status, kind = status_of(error), RunOutcome(kind=type(error).__name__)
+        status, kind = status_of(error), {"kind": type(error).__name__}
         with suppress(StoreError):
             again = status != error.exit_status
             result = None if taken.kind == STUDY else kind  # a study keeps what it has found

@@ -35,7 +35,6 @@ from turret.methods import LoRA
 from turret.recipe import Recipe
 from turret.store import JobQueue, Store
 from turret.store.jobs import CellSpec, Entry, Job
-from turret.store.runs import RunOutcome
 from turret.tasks.shapes import Metrics, number_in, number_of
 from turret.train.batches import pass_tokens
 from turret.train.curve import StepRecord
@@ -56,7 +55,7 @@ from turret.workspace.queue_worker import SILENT_SECONDS, Worker, WorkerLimits, 
 from turret.workspace.queueing import bring_data, require_base
 from turret.workspace.reading import read_dataset
 from turret.workspace.resident import ALONE, OwnProcess, Room, Seat, ServingBase
-from turret.workspace.results import Planned
+from turret.workspace.results import Planned, RunResult
 
 LINES = 50  # of the log for the steps of a training
 WATCHED = 1.2  # times the silence that the worker allows: then this process ends itself, if its worker is gone
@@ -179,12 +178,7 @@ def _result_of(
     if spec["kind"] == TRIAL:  # chosen on the validation split, so nothing of the test split is measured
         data = replace(data, test=())
         run = _finished_run(folder, store, recipe, data) or _train_cell(store, spec, folder, recipe, data, files, trial)
-        result: JsonObject = {
-            "version": run["version"],
-            "digest": run["digest"],
-            "run": run["run"],
-            "metrics": run["metrics"],
-        }
+        result = {"version": run.version, "digest": run.digest, "run": run.run, "metrics": run.metrics}
     elif spec["kind"] in UNTRAINED:
         ready = training.prepare(store, recipe, training.Callbacks(stage=stage), data, place=place)
         result = place.run(lambda: measure.baseline(spec["kind"], ready, stage), tenant)
@@ -195,23 +189,20 @@ def _result_of(
     return result | {"wall_seconds": time.perf_counter() - started, "resident": place.stays}
 
 
-def _finished_run(folder: Path, store: Store, recipe: Recipe, data: Dataset) -> RunOutcome | None:
+def _finished_run(folder: Path, store: Store, recipe: Recipe, data: Dataset) -> RunResult | None:
     """The run of an earlier process of this cell that ended after storing its version and before measuring it."""
     try:
         filled = (folder / "recipe.toml").read_text(encoding="utf-8")
     except OSError:
         return None
     result = store.training_runs().finished_result(filled, data.digest) if store.exists() else None
-    if result is None or result["version"] not in {
-        str(version) for version in store.list(Recipe.from_toml(filled).name)
-    }:
-        return None
-    return result
+    stored = [] if result is None else map(str, store.list(Recipe.from_toml(filled).name))
+    return RunResult(**result) if result is not None and result["version"] in stored else None
 
 
 def _train_cell(
     store: Store, spec: CellSpec, folder: Path, recipe: Recipe, data: Dataset, files: KeptFiles, trial: Trial
-) -> RunOutcome:
+) -> RunResult:
     def on_plan(planned: Planned) -> None:
         files.write_text(folder / "recipe.toml", planned.recipe.without_trackers().to_toml())
         files.write(folder / "plan.json", planned.plan.to_json())
@@ -227,10 +218,9 @@ def _train_cell(
 
     callbacks = training.Callbacks(on_record, on_plan, trial.callbacks.stage)
     comparison, place = str(spec["comparison"]), trial.place
-    result = training.train(
+    return training.train(
         store, recipe, callbacks, data, fresh=False, comparison=comparison, place=place, asked=trial.asked
     )
-    return result.as_json()
 
 
 # --- in the process that serves ---------------------------------------------------------------------------------------

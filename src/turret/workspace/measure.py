@@ -30,7 +30,6 @@ from turret.json_types import JsonObject, Plain
 from turret.recipe import Recipe
 from turret.statistics import Floats
 from turret.store import Store
-from turret.store.runs import RunOutcome
 from turret.tasks import Prediction, Task, stored_task
 from turret.tasks.shapes import Metrics, number_in, number_of
 from turret.train.asking import MOST_TOKENS, Asking
@@ -44,6 +43,7 @@ from turret.workspace.history import every_step
 from turret.workspace.machine import installed_version
 from turret.workspace.progress import Say
 from turret.workspace.resident import OwnProcess, PreparedTraining, base_of
+from turret.workspace.results import RunResult
 
 T = TypeVar("T")
 UNTRAINED = "base has an untrained head"
@@ -54,7 +54,7 @@ def version(
     store: Store,
     recipe: Recipe,
     dataset: Dataset,
-    result: RunOutcome,
+    result: RunResult,
     plan: Mapping[str, Plain],
     say: Say,
     place: OwnProcess,
@@ -63,25 +63,23 @@ def version(
 
     Args:
         dataset: of the recipe.
-        result: the run, as `turret train --json` prints it.
+        result: of the run.
         plan: the plan of the run, as JSON.
         place: where its base may be in memory already.
     """
-    device = recipe.train.device or "auto"
-    with answering.mount_version(store, str(result["version"]), say, device, place, judged=True) as ready:
+    device, kept = recipe.train.device or "auto", result.as_json()
+    names = ("version", "digest", "base", "parameters", "timing", "bundle_bytes", "run", "notes")
+    with answering.mount_version(store, result.version, say, device, place, judged=True) as ready:
         return {
-            **{
-                key: result[key]
-                for key in ("version", "digest", "base", "parameters", "timing", "bundle_bytes", "run", "notes")
-            },
-            "method": dict(store.resolve(str(result["version"])).method),
+            **{name: kept[name] for name in names},
+            "method": dict(store.resolve(result.version).method),
             "lr": plan.get("lr"),
-            "stored_metrics": result["metrics"],
+            "stored_metrics": result.metrics,
             "memory": _memory(result, plan),
-            "best": _best(store, str(result["run"])),
-            "losses": binned_losses([record.loss for record in every_step(store, str(result["run"]))]),
+            "best": _best(store, result.run),
+            "losses": binned_losses([record.loss for record in every_step(store, result.run)]),
             "made": provenance(ready.asking.model),
-            "warnings": list(result.get("warnings", ())),
+            "warnings": list(result.warnings),
             **measure_answers(ready, dataset.test, say),
         }
 
@@ -384,13 +382,13 @@ def _forgetting(ready: answering.Mounted) -> dict[str, float] | None:
     return {"loss": found.loss, "base_loss": found.base_loss, "low": found.low, "high": found.high}
 
 
-def _memory(result: RunOutcome, plan: Mapping[str, Plain]) -> JsonObject:
+def _memory(result: RunResult, plan: Mapping[str, Plain]) -> JsonObject:
     """Bytes per component, predicted and measured.
 
     The sizes of the trained weights, their gradients and their moments are known. All other memory above the base
     counts as activations.
     """
-    measured, trainable = result["memory"], 4 * int(result["parameters"]["trainable"])
+    measured, trainable = result.memory, 4 * int(result.parameters["trainable"])
     above = measured["above_base_bytes"] or 0
     return {
         "peak_bytes": measured["peak_bytes"],

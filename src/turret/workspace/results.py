@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 from turret.data.memory import short_source
 from turret.errors import one_line
-from turret.json_types import JsonObject, JsonValue
+from turret.json_types import JsonObject
 from turret.manifest import FlatLossSpec
 from turret.notebook import Cell, Table, as_html, class_table, mark_level, metrics_table, size, span
-from turret.store.runs import RunOutcome
 from turret.tasks.shapes import Metrics, SplitMetrics
 
 if TYPE_CHECKING:
@@ -58,10 +57,8 @@ class RunResult:
         warnings = [mark_level("warn", each) for each in self.warnings]
         return as_html(self.version, facts, metrics_table(self.metrics), *warnings, notes=self.notes)
 
-    def as_json(self) -> RunOutcome:
-        found: JsonValue = asdict(self)
-        outcome: RunOutcome = found
-        return outcome
+    def as_json(self) -> JsonObject:
+        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -44,14 +44,13 @@ from turret.errors import (
     StoreError,
     memory_ran_out,
 )
-from turret.json_types import Plain
+from turret.json_types import JsonObject, Plain
 from turret.manifest import Lineage
 from turret.methods.method import Check
 from turret.recipe import AUTO, Recipe
 from turret.store import HeldRun, Store, Version
 from turret.store.gates import FORGETTING
 from turret.store.leases import LeaseRenewer
-from turret.store.runs import RunOutcome
 from turret.store.scratch import disk_errors
 from turret.tasks import make_task, task_of
 from turret.tasks.calibration import FEWEST, FEWEST_TEMPERATURE
@@ -747,7 +746,7 @@ class _Run:
         """Store the version and finish the run, in one transaction."""
         run, made = self.run, list[RunResult]()
 
-        def finish(version: Version) -> RunOutcome:
+        def finish(version: Version) -> JsonObject:
             made.append(result(version))
             return made[-1].as_json()
 
