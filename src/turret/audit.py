@@ -12,25 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from sqlalchemy import JSON, Column, ColumnElement, Connection, Integer, String, Table, func, insert, select, true
+from sqlalchemy import ColumnElement, Connection, func, insert, select, true
 
-from turret.database import Database, access_of, adapters, bytewise, metadata, seen_adapters
+from turret.database import Database, access_of, adapters, audit, seen_adapters
 from turret.errors import StoreError
 from turret.json_types import JsonObject, Plain
-
-audit = Table(
-    "audit",
-    metadata,
-    Column("id", Integer, primary_key=True),
-    Column("tenant", bytewise(64), nullable=False, index=True),
-    Column("adapter", bytewise(100)),
-    Column("at", String(32), nullable=False),
-    Column("who", String(100)),
-    Column("verb", String(32), nullable=False),
-    Column("what", String(200), nullable=False),
-    Column("before", JSON),
-    Column("after", JSON),
-)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ The schema has the number `SCHEMA`; each change of it is a new Alembic file in `
 - `panel_moves`: all moves of `production` of panels, append-only, as `alias_history`
 - `jobs`: a row per training, cell of a comparison and batch of requests (`turret.store.jobs`), with its `state`; the
   version of a training has the id in `run`
-- described in `turret.store`: `leases`, `artifacts`, `job_turns`, `queue_limits`, `run_log`, `budgets`, `sessions`,
+- `queue_limits`: how many trainings and cells of a tenant may run and wait; NULL for no limit
+- `run_log`: lines of progress and errors of jobs, append-only
+- described in `turret.store`: `leases`, `artifacts`, `job_turns`, `budgets`, `sessions`,
   `client_files`, `batches`, `batch_parts`, `usage`, `flushes`, `promises`, `promise_answers`, `promise_outcomes`,
   `promise_watches`, `promise_inputs`, `alarms`
 
@@ -61,6 +63,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
@@ -90,6 +93,8 @@ from turret.sqlite import Sqlite
 OLDEST, SCHEMA = "0012", "0022"  # the first and the newest file in migrations/versions, as a test checks
 TRAINING, CELL, STUDY, BATCH = "training", "cell", "study", "batch"  # kinds of jobs
 UPSERTED = 500  # rows of a statement
+LONGEST_NAME = 100  # characters of an adapter's name among sums of usage
+LONGEST_RECEIPT = 120  # characters, of an answer that a promise covers
 ACCESS = "turret_access"  # the execution option of a connection with its `Access`
 
 metadata = MetaData(
@@ -364,6 +369,217 @@ panel_moves = Table(
     Column("before", Integer),
     Column("moved", String(32), nullable=False),
     Column("who", String(100)),
+)
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("tenant", bytewise(64), nullable=False, index=True),
+    Column("adapter", bytewise(100)),
+    Column("at", String(32), nullable=False),
+    Column("who", String(100)),
+    Column("verb", String(32), nullable=False),
+    Column("what", String(200), nullable=False),
+    Column("before", JSON),
+    Column("after", JSON),
+)
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", bytewise(255), primary_key=True),
+    Column("owner", String(64), nullable=False),
+    Column("process", String(200), nullable=False),
+    Column("host", String(255), nullable=False),
+    Column("fence", Integer, nullable=False),
+    Column("until", Float, nullable=False),
+    Column("seconds", Float, nullable=False, server_default="30"),
+)
+job_turns = Table(
+    "job_turns",
+    metadata,
+    Column("name", bytewise(300), primary_key=True),
+    Column("turn", BigInteger, nullable=False),
+)
+queue_limits = Table(
+    "queue_limits",
+    metadata,
+    Column("tenant", bytewise(64), primary_key=True, server_default=DEFAULT),
+    Column("running", Integer),
+    Column("waiting", Integer),
+)
+run_log = Table(
+    "run_log",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("run", ForeignKey(jobs.c.id), nullable=False, index=True),
+    Column("tenant", bytewise(64), nullable=False, server_default=DEFAULT),
+    Column("at", String(32), nullable=False),
+    Column("line", String(500), nullable=False),
+)
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("hash", String(64), primary_key=True),
+    Column("token", String(80), nullable=False),
+    Column("ends", Float, nullable=False),
+)
+server_secrets = Table(
+    "server_secrets",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("value", String(64), nullable=False),
+)
+client_files = Table(
+    "client_files",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", bytewise(200), nullable=False, index=True),
+    Column("name", String(255), nullable=False),
+    Column("purpose", String(32), nullable=False),
+    Column("digest", String(80), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("upload", String(32), nullable=False),
+    Column("created", Integer, nullable=False),
+)
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", bytewise(200), nullable=False, index=True),
+    Column("state", String(16), nullable=False, index=True),
+    Column("endpoint", String(64), nullable=False),
+    Column("input_file", String(40), nullable=False),
+    Column("output_file", String(40)),
+    Column("error_file", String(40)),
+    Column("notes", JSON),
+    Column("error", Text),
+    Column("created", Integer, nullable=False),
+    Column("times", JSON, nullable=False),
+    Column("total", Integer, nullable=False),
+    Column("done", Integer, nullable=False),
+    Column("failed", Integer, nullable=False),
+    Column("taken", Integer, nullable=False, server_default="0"),
+    Column("unanswered", JSON, nullable=False, server_default="{}"),
+    Column("asking", JSON, nullable=False, server_default="[]"),
+    Column("bytes", BigInteger, nullable=False, server_default="0"),
+)
+batch_parts = Table(
+    "batch_parts",
+    metadata,
+    Column("batch", String(40), primary_key=True),
+    Column("first", Integer, primary_key=True),
+    Column("answers", Text, nullable=False),
+    Column("errors", Text, nullable=False),
+)
+artifacts = Table(
+    "artifacts",
+    metadata,
+    Column("path", bytewise(700), primary_key=True),
+    Column("digest", String(80), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("upload", String(32), nullable=False),
+    Column("changed", String(32), nullable=False),
+)
+usage = Table(
+    "usage",
+    metadata,
+    Column("tenant", bytewise(64), primary_key=True),
+    Column("adapter", bytewise(LONGEST_NAME), primary_key=True),
+    Column("day", String(10), primary_key=True),
+    Column("requests", BigInteger, nullable=False),
+    Column("answers", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+)
+flushes = Table(
+    "flushes",
+    metadata,
+    Column("writer", String(40), primary_key=True),
+    Column("number", BigInteger, nullable=False),
+    Column("at", Float, nullable=False),
+)
+budgets = Table(
+    "budgets",
+    metadata,
+    Column("name", bytewise(255), primary_key=True),
+    Column("unit", String(16), primary_key=True),
+    Column("per_minute", Integer, nullable=False),
+    Column("level", Float, nullable=False),
+    Column("at", Float, nullable=False),
+)
+promises = Table(
+    "promises",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("tenant", bytewise(64), nullable=False),
+    Column("digest", String(80), nullable=False),
+    Column("metric", Text, nullable=False),
+    Column("error", Float, nullable=False),
+    Column("confidence", Float, nullable=False),
+    Column("threshold", Float, nullable=False),
+    Column("examples", Integer, nullable=False),
+    Column("counted", Integer, nullable=False),
+    Column("wrong", Integer, nullable=False),
+    Column("decided", Integer, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("split", String(100), nullable=False),
+    Column("data_digest", String(80), nullable=False),
+    Column("when_broken", String(16), nullable=False),
+    Column("outcome_ttl", Float, nullable=False),
+    Column("missing_bound", Float, nullable=False),
+    Column("created", String(32), nullable=False),
+    Column("who", String(100)),
+    Column("broken", String(32)),
+    Column("verdict", JSON),
+    Column("sureness", JSON),  # of the examples that the threshold was chosen on
+    Index(None, "tenant", "digest"),
+)
+promise_answers = Table(
+    "promise_answers",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("promise_id", ForeignKey(promises.c.id), nullable=False, index=True),
+    Column("receipt", String(LONGEST_RECEIPT), nullable=False, unique=True),
+    Column("label", Text, nullable=False),
+    Column("probability", Float, nullable=False),
+    Column("decided", Integer, nullable=False),
+    Column("at", String(32), nullable=False),
+)
+promise_outcomes = Table(
+    "promise_outcomes",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("promise_id", ForeignKey(promises.c.id), nullable=False, index=True),
+    Column("answer_id", ForeignKey(promise_answers.c.id), nullable=False, unique=True),
+    Column("wrong", Integer, nullable=False),
+    Column("right_label", Text),
+    Column("at", String(32), nullable=False),
+)
+promise_watches = Table(
+    "promise_watches",
+    metadata,
+    Column("promise_id", ForeignKey(promises.c.id), primary_key=True, autoincrement=False),
+    Column("size", Integer, nullable=False),
+    Column("examples", Integer, nullable=False),
+    Column("round", Integer, nullable=False),
+    Column("earlier", Integer, nullable=False),
+    Column("drifted", String(32)),
+    Column("evidence", Float),
+)
+promise_inputs = Table(
+    "promise_inputs",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("promise_id", ForeignKey(promises.c.id), nullable=False, index=True),
+    Column("round", Integer, nullable=False),
+    Column("vector", LargeBinary, nullable=False),
+    Column("at", String(32), nullable=False),
+)
+alarms = Table(
+    "alarms",
+    metadata,
+    Column("audit_id", ForeignKey(audit.c.id), primary_key=True, autoincrement=False),
+    Column("sent", String(32), nullable=False),
 )
 
 

@@ -11,10 +11,11 @@ import pytest
 from sqlalchemy import Table, func, select, update
 from store.commit_proxy import CommitProxy
 
+from turret import database
 from turret.database import jobs
 from turret.errors import InUse, LeaseLost, StoreError, TooLarge
 from turret.server.limits import Quota, SharedQuotas
-from turret.store import Budgets, Store, client_files, leases, uploads, usage
+from turret.store import Budgets, Store, client_files, leases, usage
 from turret.store.batches import Answer, Batch, Batches
 from turret.store.client_files import ClientFiles
 from turret.store.usage import flushes
@@ -29,7 +30,7 @@ def made(store: Store, owner: str = ONE, *, lines: int = 4) -> Batch:
         sent.flush()
         file = ClientFiles.of(store).add(owner, "sent", "batch", Path(sent.name))
     batch = Batches.of(store).add(owner, "/v1/completions", file.id, None)
-    change(store, uploads.batches, state="in_progress", total=lines)
+    change(store, database.batches, state="in_progress", total=lines)
     return batch
 
 
@@ -189,7 +190,7 @@ def test_a_file_is_not_deleted_while_a_batch_reads_it(store: Store) -> None:
     batch, files = made(store), ClientFiles.of(store)
     with pytest.raises(InUse, match="read by a batch"):
         files.delete(ONE, batch.input_file)
-    change(store, uploads.batches, state="failed")
+    change(store, database.batches, state="failed")
     files.delete(ONE, batch.input_file)
     assert list(store._blobs.walk()) == []
 

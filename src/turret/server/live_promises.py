@@ -22,13 +22,13 @@ import httpx2
 from sqlalchemy import Connection
 
 from turret.audit import Mark
-from turret.database import Database
+from turret.database import LONGEST_RECEIPT, Database
 from turret.engine import SamplingParams
 from turret.errors import EngineError, ServeRefused, TurretError, one_line
 from turret.server.engines import Engines, Input, ServedBase
 from turret.server.logs import Log
 from turret.store import promises
-from turret.store.promises import LONGEST_RECEIPT, Alarm, LoggedAnswer, Promise
+from turret.store.promises import Alarm, LoggedAnswer, Promise
 from turret.tasks import Task
 from turret.tasks.shapes import Answer
 from turret.tasks.tokens import Tokens

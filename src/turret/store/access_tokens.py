@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from typing import Literal, get_args
 
-from sqlalchemy import Column, Connection, Float, Select, String, Table, delete, func, insert, select, update
+from sqlalchemy import Connection, Select, delete, func, insert, select, update
 
 from turret import audit
 from turret.access import ANY, DEFAULT, Access, check_patterns
 from turret.arguments import checked_methods
-from turret.database import Database, access_of, metadata, tokens
+from turret.database import Database, access_of, server_secrets, sessions, tokens
 from turret.errors import BadReference, InUse, NotFound
 from turret.json_types import JsonObject, Plain
 from turret.store.catalog import now, who
@@ -36,19 +36,6 @@ from turret.timestamp import timestamp
 # their own.
 
 
-sessions = Table(
-    "sessions",
-    metadata,
-    Column("hash", String(64), primary_key=True),
-    Column("token", String(80), nullable=False),
-    Column("ends", Float, nullable=False),
-)
-server_secrets = Table(
-    "server_secrets",
-    metadata,
-    Column("name", String(32), primary_key=True),
-    Column("value", String(64), nullable=False),
-)
 FORMS, SIGN_INS = "forms", "sign-ins"  # secrets
 
 

@@ -24,14 +24,13 @@ from typing import Protocol, TypeVar
 
 from sqlalchemy import Connection, delete, insert, select
 
-from turret.database import Database
+from turret.database import Database, artifacts
 from turret.disk import make_folder, sync
 from turret.errors import BundleError, Corrupt, StoreError, TurretError
 from turret.manifest import Manifest
 from turret.store import uploads
 from turret.store.blobs import Blob, Files, hash_file, place
 from turret.store.catalog import now, plain_path
-from turret.store.uploads import artifacts
 
 # --- incoming bundle --------------------------------------------------------------------------------------------------
 # A bundle that is offered to the store: read its manifest, and check its files against it.

@@ -26,15 +26,14 @@ from sqlalchemy import Connection, Row, delete, func, insert, select, tuple_, up
 
 from turret import audit
 from turret.access import DEFAULT
-from turret.database import BATCH, Database, jobs
+from turret.database import BATCH, Database, batch_parts, batches, jobs
 from turret.errors import BadRequest, InUse, LeaseLost, NotFound, TooLarge
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import leases
 from turret.store.catalog import now as at
 from turret.store.catalog import who
-from turret.store.client_files import find_file, room
+from turret.store.client_files import ENDED, find_file, room, tenant_of
 from turret.store.jobs import Ended, Job, JobQueue, add_job, end_job
-from turret.store.uploads import ENDED, batch_parts, batches, tenant_of
 
 if TYPE_CHECKING:
     from turret.store.core import Store

@@ -17,15 +17,16 @@ from pathlib import Path
 from sqlalchemy import Connection, Row, delete, func, insert, select, tuple_
 
 from turret import audit
-from turret.database import Database
+from turret.access import DEFAULT
+from turret.database import Database, batches, client_files
 from turret.errors import InUse, NotFound, StoreError, TooLarge, TurretError
 from turret.json_types import JsonObject
 from turret.store import uploads
 from turret.store.blobs import Blob, Files, hash_file, place
 from turret.store.catalog import now, who
 from turret.store.core import Store
-from turret.store.uploads import ENDED, batches, client_files, tenant_of
 
+ENDED = ("completed", "failed", "cancelled", "expired")  # states of a batch
 ATTEMPTS = 3  # if a gc takes this process for dead
 TABLE = "fine-tune"  # the purpose of a table to train on
 ID = "file-[0-9a-f]{24}"  # the ids of all files
@@ -157,6 +158,12 @@ class ClientFiles:
         """The content as a local file, whose bytes were hashed again, for the length of the block. Raises Corrupt."""
         with self._place.checked_file(file.blob) as path:
             yield path
+
+
+def tenant_of(owner: str) -> str | None:
+    """The tenant of an owner of files and batches; None on a server without tokens."""
+    tenant, slash, _ = owner.removeprefix("token ").partition("/")
+    return tenant if slash else DEFAULT if owner else None
 
 
 def find_file(connection: Connection, owner: str, id: str) -> ClientFile:

@@ -37,17 +37,31 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, final
 
-from sqlalchemy import BigInteger, Column, ColumnElement, Connection, Table, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, or_, select, update
 
 from turret import audit
-from turret.database import BATCH, CELL, STUDY, TRAINING, Database, access_of, bytewise, jobs, metadata, seen_runs
+from turret.access import DEFAULT
+from turret.database import (
+    BATCH,
+    CELL,
+    STUDY,
+    TRAINING,
+    Database,
+    access_of,
+    job_turns,
+    jobs,
+    queue_limits,
+    run_log,
+    seen_runs,
+)
+from turret.database import leases as lease_rows
 from turret.errors import InUse, NotFound, QueueFull, RecipeError
 from turret.json_types import JsonMapping, JsonObject, JsonValue, Plain
 from turret.store import leases
 from turret.store.blobs import digest_of
 from turret.store.catalog import now, plain, who
 from turret.store.leases import Lease
-from turret.store.runs import DEFAULT, HELD, HeldRun, TrainingRuns, new_id, plain_error, queue_limits, run_log
+from turret.store.runs import HELD, HeldRun, TrainingRuns, new_id, plain_error
 
 if TYPE_CHECKING:
     from turret.store.core import Store
@@ -65,13 +79,6 @@ ANEW: JsonObject = {"state": "waiting", "tries": 0, "due": 0.0, "cancelled": Non
 ANEW |= {"beside": False, "result": None}  # of a job that is tried as if it were new
 Ended = Literal["waiting", "interrupted", "finished", "failed", "cancelled"]
 LOST_TRIES = f"its worker was lost {TRIES} times: look at its log, and submit it again"
-
-job_turns = Table(
-    "job_turns",
-    metadata,
-    Column("name", bytewise(300), primary_key=True),
-    Column("turn", BigInteger, nullable=False),
-)
 
 
 @final
@@ -448,9 +455,8 @@ class JobQueue:
         """The jobs of the tenant that run, then those that wait. A limited access sees its trainings alone."""
         columns = [jobs.c[each.name] for each in fields(OpenJob) if each.name != "host"]
         with self._database.reading() as connection:
-            lease = leases.leases
-            holds = (lease.c.name == HELD + jobs.c.id) & (lease.c.until > leases.clock(connection))
-            query = select(*columns, lease.c.host).outerjoin(lease, holds)
+            holds = (lease_rows.c.name == HELD + jobs.c.id) & (lease_rows.c.until > leases.clock(connection))
+            query = select(*columns, lease_rows.c.host).outerjoin(lease_rows, holds)
             seen = seen_runs(connection) if not access_of(connection).whole else jobs.c.tenant == self._tenant
             order = jobs.c.state, jobs.c.priority.desc(), jobs.c.queued, jobs.c.id
             rows = connection.execute(query.where(_open((*WORK, STUDY, BATCH)), seen).order_by(*order).limit(limit))

@@ -27,9 +27,9 @@ from functools import cache
 from pathlib import Path
 from types import TracebackType
 
-from sqlalchemy import Column, Connection, Float, Integer, Row, String, Table, insert, select, update
+from sqlalchemy import Connection, Row, insert, select, update
 
-from turret.database import Database, bytewise, metadata
+from turret.database import Database, leases
 from turret.errors import LeaseLost, StoreError, TurretError
 
 SECONDS = 30.0
@@ -38,18 +38,6 @@ POLL_SECONDS = 0.25  # while waiting for a lease
 TURN_SECONDS = 0.5  # between two turns of a keeper
 _given_up: set[str] = set()  # owners of leases of this process
 _seen: dict[str, tuple[str, float, float]] = {}  # lease -> its owner, its end, and when this process first saw that
-
-leases = Table(
-    "leases",
-    metadata,
-    Column("name", bytewise(255), primary_key=True),
-    Column("owner", String(64), nullable=False),
-    Column("process", String(200), nullable=False),
-    Column("host", String(255), nullable=False),
-    Column("fence", Integer, nullable=False),
-    Column("until", Float, nullable=False),
-    Column("seconds", Float, nullable=False, server_default="30"),
-)
 
 
 @dataclass(frozen=True)

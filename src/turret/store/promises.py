@@ -21,32 +21,25 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
 from typing import Literal, NamedTuple
 
-from sqlalchemy import (
-    JSON,
-    Column,
-    ColumnElement,
-    Connection,
-    Float,
-    ForeignKey,
-    Index,
-    Integer,
-    LargeBinary,
-    Select,
-    String,
-    Table,
-    Text,
-    case,
-    delete,
-    func,
-    insert,
-    select,
-    true,
-    update,
-)
+from sqlalchemy import ColumnElement, Connection, Select, case, delete, func, insert, select, true, update
 
 from turret import audit
-from turret.audit import audit as actions
-from turret.database import access_of, adapters, bytewise, insert_row, metadata, seen_adapters, seen_versions, versions
+from turret.database import (
+    LONGEST_RECEIPT,
+    access_of,
+    adapters,
+    alarms,
+    insert_row,
+    promise_inputs,
+    promise_watches,
+    promises,
+    seen_adapters,
+    seen_versions,
+    versions,
+)
+from turret.database import audit as actions
+from turret.database import promise_answers as answers
+from turret.database import promise_outcomes as outcomes
 from turret.errors import BundleError, NotFound
 from turret.json_types import JsonObject, Plain, mapping_of
 from turret.manifest import Manifest, lineage_in, task_in
@@ -67,27 +60,6 @@ from turret.timestamp import timestamp
 
 REFERENCE_ROUND = 0  # the round of the held-out examples
 SPARE = 2  # rows of a round for each reference: a text that comes twice is kept twice, and used once
-
-promise_watches = Table(
-    "promise_watches",
-    metadata,
-    Column("promise_id", ForeignKey("promises.id"), primary_key=True, autoincrement=False),
-    Column("size", Integer, nullable=False),
-    Column("examples", Integer, nullable=False),
-    Column("round", Integer, nullable=False),
-    Column("earlier", Integer, nullable=False),
-    Column("drifted", String(32)),
-    Column("evidence", Float),
-)
-promise_inputs = Table(
-    "promise_inputs",
-    metadata,
-    Column("id", Integer, primary_key=True),
-    Column("promise_id", ForeignKey("promises.id"), nullable=False, index=True),
-    Column("round", Integer, nullable=False),
-    Column("vector", LargeBinary, nullable=False),
-    Column("at", String(32), nullable=False),
-)
 
 
 @dataclass(frozen=True)
@@ -205,13 +177,6 @@ ALARM_KINDS = (PROMISE_BROKEN, INPUTS_DRIFTED, ARM_DROPPED, EVIDENCE_VOID)  # ve
 NOTHING_BUT_ALARM = "nothing but this alarm"  # what was done, if nothing else was asked for
 ALARM_KEPT = timedelta(days=1)  # an alarm that could not be sent for so long is not sent any more
 
-alarms = Table(
-    "alarms",
-    metadata,
-    Column("audit_id", ForeignKey(actions.c.id), primary_key=True, autoincrement=False),
-    Column("sent", String(32), nullable=False),
-)
-
 
 @dataclass(frozen=True)
 class Alarm:
@@ -265,57 +230,7 @@ def mark_sent(connection: Connection, alarm: Alarm) -> None:
 ALARM, STRICTER, ROLLBACK = "alarm", "stricter", "rollback"
 WHEN_BROKEN = (ALARM, STRICTER, ROLLBACK)
 NEVER = 2.0  # a threshold that no probability reaches
-LONGEST_RECEIPT = 120
 AT_ONCE = 500  # values in one query
-
-promises = Table(
-    "promises",
-    metadata,
-    Column("id", Integer, primary_key=True),
-    Column("tenant", bytewise(64), nullable=False),
-    Column("digest", String(80), nullable=False),
-    Column("metric", Text, nullable=False),
-    Column("error", Float, nullable=False),
-    Column("confidence", Float, nullable=False),
-    Column("threshold", Float, nullable=False),
-    Column("examples", Integer, nullable=False),
-    Column("counted", Integer, nullable=False),
-    Column("wrong", Integer, nullable=False),
-    Column("decided", Integer, nullable=False),
-    Column("source", Text, nullable=False),
-    Column("split", String(100), nullable=False),
-    Column("data_digest", String(80), nullable=False),
-    Column("when_broken", String(16), nullable=False),
-    Column("outcome_ttl", Float, nullable=False),
-    Column("missing_bound", Float, nullable=False),
-    Column("created", String(32), nullable=False),
-    Column("who", String(100)),
-    Column("broken", String(32)),
-    Column("verdict", JSON),
-    Column("sureness", JSON),  # `Sureness` of the examples that the threshold was chosen on
-    Index(None, "tenant", "digest"),
-)
-answers = Table(
-    "promise_answers",
-    metadata,
-    Column("id", Integer, primary_key=True),
-    Column("promise_id", ForeignKey(promises.c.id), nullable=False, index=True),
-    Column("receipt", String(LONGEST_RECEIPT), nullable=False, unique=True),
-    Column("label", Text, nullable=False),
-    Column("probability", Float, nullable=False),
-    Column("decided", Integer, nullable=False),
-    Column("at", String(32), nullable=False),
-)
-outcomes = Table(
-    "promise_outcomes",
-    metadata,
-    Column("id", Integer, primary_key=True),
-    Column("promise_id", ForeignKey(promises.c.id), nullable=False, index=True),
-    Column("answer_id", ForeignKey(answers.c.id), nullable=False, unique=True),
-    Column("wrong", Integer, nullable=False),
-    Column("right_label", Text),
-    Column("at", String(32), nullable=False),
-)
 
 
 @dataclass(frozen=True)

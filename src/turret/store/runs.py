@@ -25,23 +25,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from sqlalchemy import (
-    Column,
-    ColumnElement,
-    Connection,
-    ForeignKey,
-    Integer,
-    Select,
-    String,
-    Table,
-    delete,
-    insert,
-    select,
-    update,
-)
+from sqlalchemy import ColumnElement, Connection, Select, delete, insert, select, update
 
 from turret import audit
-from turret.database import TRAINING, Database, access_of, bytewise, jobs, metadata, seen_runs
+from turret.database import TRAINING, Database, access_of, jobs, run_log, seen_runs
+from turret.database import leases as lease_rows
 from turret.disk import PRIVATE, describe_error, flush, make_folder, permissions, sync
 from turret.errors import InUse, LeaseLost, StoreError
 from turret.json_types import JsonObject, JsonValue, Plain
@@ -50,36 +38,6 @@ from turret.store.artifacts import Artifacts
 from turret.store.blobs import Blob, digest_of
 from turret.store.catalog import now, plain, who
 from turret.store.leases import Lease, LeaseRenewer
-
-# --- tables of the queue ----------------------------------------------------------------------------------------------
-# See `turret.store.jobs`.
-#
-# - `queue_limits`: how many trainings and cells of a tenant may run and wait; NULL for no limit
-# - `run_log`: lines of progress and errors of jobs, append-only
-
-
-DEFAULT = "default"
-
-queue_limits = Table(
-    "queue_limits",
-    metadata,
-    Column("tenant", bytewise(64), primary_key=True, server_default=DEFAULT),
-    Column("running", Integer),
-    Column("waiting", Integer),
-)
-run_log = Table(
-    "run_log",
-    metadata,
-    Column("id", Integer, primary_key=True),
-    Column("run", ForeignKey(jobs.c.id), nullable=False, index=True),
-    Column("tenant", bytewise(64), nullable=False, server_default=DEFAULT),
-    Column("at", String(32), nullable=False),
-    Column("line", String(500), nullable=False),
-)
-
-
-# --- runs -------------------------------------------------------------------------------------------------------------
-
 
 State = Literal["interrupted", "failed", "finished"]
 ENDED = ("finished", "failed", "cancelled")  # states after which nothing about a run changes
@@ -367,7 +325,7 @@ class TrainingRuns:
         return self._artifacts.copies or (self._root / PREFIX / run_id).is_dir()
 
     def _is_newest(self, run_id: str) -> bool:
-        query = select(leases.leases.c.fence, jobs.c.state).join(jobs, leases.leases.c.name == HELD + jobs.c.id)
+        query = select(lease_rows.c.fence, jobs.c.state).join(jobs, lease_rows.c.name == HELD + jobs.c.id)
         with self._database.reading() as connection:
             row = connection.execute(query.where(jobs.c.id == run_id)).first()
         last = None if row is None else row.fence - (row.state in ENDED)  # its end has raised the fence

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection, select
 
-from turret.database import Database, access_of, adapters, aliases, jobs, seen_adapters, versions
+from turret.database import Database, access_of, adapters, aliases, artifacts, jobs, seen_adapters, versions
 from turret.disk import bytes_below, clock_of
 from turret.errors import Corrupt, StoreError
 from turret.json_types import JsonObject
@@ -25,7 +25,6 @@ from turret.store.artifacts import MANIFEST
 from turret.store.blobs import Blob, Files
 from turret.store.catalog import Version
 from turret.store.scratch import OLD, Removed
-from turret.store.uploads import artifacts
 
 
 @dataclass(frozen=True)

@@ -14,25 +14,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    ColumnElement,
-    Connection,
-    Float,
-    Integer,
-    Row,
-    String,
-    Table,
-    delete,
-    insert,
-    or_,
-    select,
-    tuple_,
-    update,
-)
+from sqlalchemy import ColumnElement, Connection, Row, delete, insert, or_, select, tuple_, update
 
-from turret.database import UPSERTED, Database, access_of, adapters, bytewise, metadata, seen_adapters, upsert
+from turret.database import (
+    LONGEST_NAME,
+    UPSERTED,
+    Database,
+    access_of,
+    adapters,
+    budgets,
+    flushes,
+    seen_adapters,
+    upsert,
+    usage,
+)
 from turret.json_types import JsonObject
 from turret.store.leases import clock
 
@@ -45,14 +40,6 @@ from turret.store.leases import clock
 
 
 OLD = 30 * 86_400.0  # seconds after which the row of a writer is removed
-
-flushes = Table(
-    "flushes",
-    metadata,
-    Column("writer", String(40), primary_key=True),
-    Column("number", BigInteger, nullable=False),
-    Column("at", Float, nullable=False),
-)
 
 
 class Writer:
@@ -83,19 +70,7 @@ class Writer:
 
 SECONDS = 2.0  # between two writes of a server
 BASE = ""  # the adapter of the bare base
-LONGEST = 100  # characters of an adapter's name; what names several adapters may be longer, and is cut
 
-usage = Table(
-    "usage",
-    metadata,
-    Column("tenant", bytewise(64), primary_key=True),
-    Column("adapter", bytewise(LONGEST), primary_key=True),
-    Column("day", String(10), primary_key=True),
-    Column("requests", BigInteger, nullable=False),
-    Column("answers", BigInteger, nullable=False),
-    Column("prompt_tokens", BigInteger, nullable=False),
-    Column("completion_tokens", BigInteger, nullable=False),
-)
 COUNTS = ("requests", "answers", "prompt_tokens", "completion_tokens")
 COLUMNS = ("tenant", "adapter", "day", *COUNTS)
 
@@ -134,7 +109,7 @@ class UsageLog:
         """Count one request of today."""
         if not self.counts:
             return
-        key = tenant, adapter[:LONGEST], datetime.fromtimestamp(self._clock(), UTC).date().isoformat()
+        key = tenant, adapter[:LONGEST_NAME], datetime.fromtimestamp(self._clock(), UTC).date().isoformat()
         with self._lock:
             self._add(key, [1, answers, prompt_tokens, completion_tokens])
 
@@ -199,16 +174,6 @@ Key = tuple[str, str]  # name, unit
 Amount = tuple[str, str, int, float]  # name, unit, limit per minute, amount
 BATCH = 32  # a batch is at most 1/32 of the requests that are left
 UNUSED_BUCKET = 3600.0  # seconds after which a bucket that nobody used is removed if it is full
-
-budgets = Table(
-    "budgets",
-    metadata,
-    Column("name", bytewise(255), primary_key=True),
-    Column("unit", String(16), primary_key=True),
-    Column("per_minute", Integer, nullable=False),
-    Column("level", Float, nullable=False),
-    Column("at", Float, nullable=False),
-)
 
 
 class Budgets:
