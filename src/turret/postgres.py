@@ -229,7 +229,6 @@ def _parameters(url: str, store: str) -> ConnDict:
 
 
 def _connect(url: str, store: str) -> psycopg.Connection[TupleRow]:
-    _require_psycopg(store)
     from psycopg.conninfo import make_conninfo
 
     parameters: ConnDict = {**_DEFAULTS, **_parameters(url, store)}

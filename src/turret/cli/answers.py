@@ -588,8 +588,7 @@ def _print_promise(found: PromiseStatus) -> None:
         rows.append(("without it", f"all are decided, and {found.all_wrong:.1%} were wrong"))
     rows.append(("chosen on", safe(promising.chosen_on(promise))))
     rows.append(("when broken", safe(promise.when_broken)))
-    live = f"[{HUES[standing.state]}]{standing.state}[/]: {safe(standing.why)}"
-    rows.append(("live", live))
+    rows.append(("live", f"[{HUES[standing.state]}]{standing.state}[/]: {safe(standing.why)}"))
     if found.answers:
         missing = f"{standing.missing:.0%} of the outcomes are missing"
         rows.append(("answers", f"{found.decided} of {counted(found.answers, 'answer')} decided; {missing}"))
