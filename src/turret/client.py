@@ -158,11 +158,8 @@ class AsyncClient:
             unit: The unit of an experiment, such as a user's id.
             coverage: Also ask for sets that contain the right label with at least this probability.
         """
-        body: JsonObject = {
-            "model": model,
-            "input": texts if isinstance(texts, (str, Mapping)) else list(texts),
-            **_user(unit),
-        }
+        given = texts if isinstance(texts, (str, Mapping)) else list(texts)
+        body: JsonObject = {"model": model, "input": given, **_user(unit)}
         if coverage is not None:
             body["coverage"] = coverage
         return _answer(await self._send("POST", "/v1/classify", body))
@@ -358,9 +355,8 @@ class AsyncClient:
             files: Name -> content of tables; `data.source` names one of them.
             priority: Of -100 to 100; higher is earlier.
         """
-        return await self._json(
-            "POST", "/api/runs", {"recipe": recipe, "files": dict(files or {}), "priority": priority}
-        )
+        body: JsonObject = {"recipe": recipe, "files": dict(files or {}), "priority": priority}
+        return await self._json("POST", "/api/runs", body)
 
     async def runs(self) -> list[JsonObject]:
         """The newest trainings, those that wait too."""
@@ -388,9 +384,8 @@ class AsyncClient:
 
     async def experiment(self, name: str, number: int | None = None) -> JsonObject:
         """The running experiment of a name, or its last one, or the one of that number."""
-        return await self._json(
-            "GET", f"/api/experiments/{name}", query={} if number is None else {"number": str(number)}
-        )
+        query = {} if number is None else {"number": str(number)}
+        return await self._json("GET", f"/api/experiments/{name}", query=query)
 
     async def start_experiment(self, name: str, candidates: Sequence[str] = (), **settings: JsonValue) -> JsonObject:
         """Start an experiment. The settings are those of the HTTP API: `shadows`, `share`, `metric`, `guards`, ..."""

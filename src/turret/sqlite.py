@@ -190,12 +190,11 @@ def _begin_transaction(engine: Engine, opened: ExitStack) -> Connection:
 
 
 def _engine(path: Path, read_only: bool, alone: bool, patience: float = BUSY_SECONDS) -> Engine:
+    address = f"file:{quote(str(path.absolute()))}"
     if read_only:
         # Without a -wal file there is no writer, and SQLite needs no files that it may not create.
         immutable = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
-        address = f"file:{quote(str(path.absolute()))}?mode=ro{immutable}"
-    else:
-        address = f"file:{quote(str(path.absolute()))}"
+        address += f"?mode=ro{immutable}"
 
     def connect() -> sqlite3.Connection:
         if not read_only:

@@ -164,9 +164,8 @@ def save_bundle(adapter: Adapter, folder: str | Path) -> Manifest:
 
 
 def _write(adapter: Adapter, folder: Path) -> Manifest:
-    stored = _rename_paths(
-        tuner_of(adapter.method).stored_tensors(adapter), _body(adapter.task, adapter.base.family), ""
-    )
+    body = _body(adapter.task, adapter.base.family)
+    stored = _rename_paths(tuner_of(adapter.method).stored_tensors(adapter), body, "")
     tensors = {name: stored[name].contiguous() for name in sorted(stored)}
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -219,9 +218,8 @@ def _config(adapter: Adapter) -> AdapterConfig:
 
 def named_for(adapter: Adapter, model: Model) -> Adapter:
     """The adapter with the names that its tensors have in a model, which may have a head or none."""
-    first = {
-        name.removeprefix(LORA_PREFIX).partition(".")[0] for name in adapter.tensors if name.startswith(LORA_PREFIX)
-    }
+    paths = [name.removeprefix(LORA_PREFIX) for name in adapter.tensors if name.startswith(LORA_PREFIX)]
+    first = {path.partition(".")[0] for path in paths}
     body, outside = f"{model.base_model_prefix}.", {each for each in first if not hasattr(model, each)}
     if outside == {model.base_model_prefix}:
         return replace(adapter, tensors=_rename_paths(adapter.tensors, body, ""))
@@ -254,9 +252,8 @@ def task_type(adapter: Adapter) -> str | None:
     """PEFT's `task_type` of an adapter; None if its family is not known."""
     known = FAMILIES.get(adapter.base.family or "")
     task = TASKS["classify"] if adapter.head and not adapter.task else stored_task(adapter.task)
-    return task.peft_type(
-        encoder_decoder=None if adapter.base.family is None else known is not None and known.is_encoder_decoder
-    )
+    two_halves = known is not None and known.is_encoder_decoder
+    return task.peft_type(encoder_decoder=None if adapter.base.family is None else two_halves)
 
 
 def read_bundle(folder: str | Path) -> Adapter:

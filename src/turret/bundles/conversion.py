@@ -98,11 +98,8 @@ def as_lora(
     for path, (A, B) in factors.items():
         tensors[f"{LORA_PREFIX}{path}.lora_A.weight"] = _pad_factor(A, r, dim=0)
         tensors[f"{LORA_PREFIX}{path}.lora_B.weight"] = _pad_factor(B, r, dim=1)
-    copied = (
-        *("task_type", "base_model_name_or_path", "revision", "modules_to_save", "trainable_token_indices"),
-        "peft_version",
-    )
-    lora = {key: config[key] for key in copied if key in config}
+    copied = ("task_type", "base_model_name_or_path", "revision", "modules_to_save", "trainable_token_indices")
+    lora = {key: config[key] for key in (*copied, "peft_version") if key in config}
     lora |= {"peft_type": "LORA", "r": r, "lora_alpha": r, "lora_dropout": 0.0, "inference_mode": True}
     lora |= {"target_modules": sorted(factors), "fan_in_fan_out": family.fan_in_fan_out, "bias": "none"}
     lora |= {"lora_bias": True} if biases else {}
@@ -193,9 +190,8 @@ def _adapted(module: nn.Module) -> bool:
 def _biases(tensors: Mapping[str, Tensor], model: Model, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     """The differences of trained biases from the base's, by path; empty if none was trained."""
     ending = ".base_layer.bias"
-    trained = {
-        name.removeprefix(LORA_PREFIX).removesuffix(ending): t for name, t in tensors.items() if name.endswith(ending)
-    }
+    biases = {name: each for name, each in tensors.items() if name.endswith(ending)}
+    trained = {name.removeprefix(LORA_PREFIX).removesuffix(ending): each for name, each in biases.items()}
     own = {path: model.get_submodule(path) for path in (factors if trained else ())}
     return {
         path: trained[path].float() - layer.bias.float() if path in trained else torch.zeros(layer.out_features)

@@ -17,7 +17,7 @@ from turret.json_types import JsonObject, JsonValue, Plain
 from turret.manifest import Manifest
 from turret.methods.lora import lora_scaling
 from turret.store.catalog import Version
-from turret.tasks.shapes import SplitMetrics
+from turret.tasks.shapes import Metrics, SplitMetrics
 
 # --- weights ----------------------------------------------------------------------------------------------------------
 # The distance between the weights of two bundles, with numpy alone.
@@ -214,7 +214,7 @@ class Difference:
 
 def difference(a: Version, b: Version, files_a: Mapping[str, Path], files_b: Mapping[str, Path]) -> Difference:
     """Compare two versions, given their files by path."""
-    settings_a, settings_b = (dict(_settings(version.manifest)) for version in (a, b))
+    settings_a, settings_b = (_settings(version.manifest) for version in (a, b))
     keys = list(dict.fromkeys((*settings_a, *settings_b)))
     groups, moved, rest = weight_distance(files_a, files_b)
     return Difference(
@@ -232,13 +232,13 @@ def difference(a: Version, b: Version, files_a: Mapping[str, Path], files_b: Map
     )
 
 
-def _settings(manifest: Manifest) -> Iterator[tuple[str, JsonValue]]:
-    for section in SECTIONS:
-        found: JsonValue = manifest.get(section)
-        yield from _leaves(section, found)
+def _settings(manifest: Manifest) -> dict[str, JsonValue]:
+    sections: JsonObject = {section: manifest.get(section) for section in SECTIONS}
+    return dict(_leaves("", sections))
 
 
 def _leaves(name: str, value: Plain) -> Iterator[tuple[str, JsonValue]]:
+    """The path and value of all that is no mapping."""
     if name == "lineage.recipe" and isinstance(value, str):
         try:
             value = tomllib.loads(value)
@@ -249,7 +249,7 @@ def _leaves(name: str, value: Plain) -> Iterator[tuple[str, JsonValue]]:
         for key, inside in value.items():
             hundreds = name.startswith("task.calibration") and key == "scores"  # they say nothing side by side
             if not hundreds:
-                yield from _leaves(f"{name}.{key}", inside)
+                yield from _leaves(f"{name}.{key}" if name else str(key), inside)
     else:
         yield name, value
 
@@ -257,7 +257,7 @@ def _leaves(name: str, value: Plain) -> Iterator[tuple[str, JsonValue]]:
 def _metrics(a: SplitMetrics, b: SplitMetrics) -> dict[str, dict[str, Change]]:
     found: dict[str, dict[str, Change]] = {}
     for split in dict.fromkeys((*a, *b)):
-        left, right = (dict(_numbers("", some.get(split) or {})) for some in (a, b))
+        left, right = (_numbers(some.get(split) or {}) for some in (a, b))
         found[split] = {}
         for name in dict.fromkeys((*left, *right)):
             one, other = left.get(name), right.get(name)
@@ -265,9 +265,6 @@ def _metrics(a: SplitMetrics, b: SplitMetrics) -> dict[str, dict[str, Change]]:
     return found
 
 
-def _numbers(name: str, value: Plain) -> Iterator[tuple[str, float]]:
-    if isinstance(value, Mapping):
-        for key, inside in value.items():
-            yield from _numbers(f"{name}.{key}" if name else str(key), inside)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield name, value
+def _numbers(values: Metrics) -> dict[str, float]:
+    every = _leaves("", values)
+    return {name: each for name, each in every if isinstance(each, int | float) and not isinstance(each, bool)}

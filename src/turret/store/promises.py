@@ -363,12 +363,9 @@ def make(
     row = asdict(terms) | {"tenant": access_of(connection).tenant, "digest": version.digest, "created": now()}
     drawn = None if sureness is None else sureness.to_json()
     insert_row(connection, promises, row | {"who": who(), "sureness": drawn})
-    was, after = (
-        None if each is None else {key: getattr(each, key) for key in ("metric", "error", "confidence", "threshold")}
-        for each in (before, terms)
-    )
-    after = {**(after or {}), **(why or {})}
-    at = row["created"]
+    told, at = ("metric", "error", "confidence", "threshold"), row["created"]
+    was = None if before is None else {name: getattr(before, name) for name in told}
+    after = {name: getattr(terms, name) for name in told} | dict(why or {})
     audit.record(connection, "promise", str(version), version.name, before=was, after=after, at=at, who=who())
     made = of_digest(connection, version.digest)
     assert made is not None

@@ -84,9 +84,8 @@ def is_there(connection: Connection, root: Path, artifacts: Artifacts, source: s
         return True
     path = f"{folder_of(access_of(connection).tenant)}/{source}"
     if artifacts.copies:
-        return any(
-            each.path == path or each.path.startswith(f"{path}/") for each in artifacts.list_files_in(connection, path)
-        )
+        paths = [each.path for each in artifacts.list_files_in(connection, path)]
+        return any(each == path or each.startswith(f"{path}/") for each in paths)
     return (root / path).exists()
 
 
@@ -207,12 +206,10 @@ def collect_rows(root: Path, database: Database, artifacts: Artifacts, *, dry_ru
 def _unneeded_rows(connection: Connection, root: Path, artifacts: Artifacts) -> tuple[list[Artifact], dict[Path, int]]:
     """Listed files and folders of this machine that nothing has named for an hour; the folders with their bytes."""
     needed, before = _needed_rows(connection, root, artifacts), time.time() - OLD
-    listed = [
-        each for prefix in (f"{ROWS_FOLDER}/", "tenants/") for each in artifacts.list_files_in(connection, prefix)
-    ]
     stored = [
         each
-        for each in listed
+        for prefix in (f"{ROWS_FOLDER}/", "tenants/")
+        for each in artifacts.list_files_in(connection, prefix)
         if (found := _ROWS_PLACE.match(each.path)) and found[1] not in needed and each.changed < timestamp(before)
     ]
     local = [
