@@ -25,8 +25,7 @@ from sqlalchemy import Connection, Text, cast, select
 from turret.access import DEFAULT
 from turret.data import memory
 from turret.database import TRAINING, Database, access_of, jobs, versions
-from turret.disk import PRIVATE, bytes_below, describe_error, make_folder, permissions, sync
-from turret.errors import StoreError
+from turret.disk import PRIVATE, bytes_below, make_folder, permissions, sync
 from turret.store import scratch
 from turret.store.artifacts import Artifact, Artifacts
 from turret.store.blobs import Blob
@@ -166,13 +165,11 @@ def keep_rows(root: Path, home: Path, artifacts: Artifacts, source: str) -> None
         home: the tenant's folder in it.
     """
     here, kept = memory.folder_of(source), home / ROWS_FOLDER / memory.digest_of(source)
-    try:
+    with scratch.disk_errors("the rows cannot be kept", kept, "make room"):
         if not kept.exists() and here.exists():
             make_folder(root, PRIVATE)
             _place_rows(here, kept, permissions(root))
         artifacts.keep(kept.glob("*.jsonl"))
-    except OSError as error:
-        raise StoreError(f"the rows cannot be kept: {describe_error(error, kept)}: make room") from error
 
 
 def bring_rows(root: Path, home: Path, artifacts: Artifacts, source: str) -> None:
@@ -181,11 +178,9 @@ def bring_rows(root: Path, home: Path, artifacts: Artifacts, source: str) -> Non
     if here.exists():
         return
     artifacts.bring(f"{kept.relative_to(root).as_posix()}/")
-    try:
+    with scratch.disk_errors("the rows cannot be copied", here, "make room"):
         if kept.exists():
             _place_rows(kept, here, 0o700)
-    except OSError as error:
-        raise StoreError(f"the rows cannot be copied: {describe_error(error, here)}: make room") from error
 
 
 def collect_rows(root: Path, database: Database, artifacts: Artifacts, *, dry_run: bool) -> Iterator[Removed]:

@@ -30,7 +30,7 @@ from sqlalchemy import ColumnElement, Connection, Select, delete, insert, select
 from turret import audit
 from turret.database import TRAINING, Database, access_of, jobs, run_log, seen_runs
 from turret.database import leases as lease_rows
-from turret.disk import PRIVATE, describe_error, flush, make_folder, permissions, sync
+from turret.disk import PRIVATE, flush, make_folder, permissions, sync
 from turret.errors import InUse, LeaseLost, StoreError
 from turret.json_types import JsonObject, JsonValue, Plain
 from turret.store import leases
@@ -38,6 +38,7 @@ from turret.store.artifacts import Artifacts
 from turret.store.blobs import Blob, digest_of
 from turret.store.catalog import now, plain, who
 from turret.store.leases import Lease, LeaseRenewer
+from turret.store.scratch import disk_errors
 
 State = Literal["interrupted", "failed", "finished"]
 ENDED = ("finished", "failed", "cancelled")  # states after which nothing about a run changes
@@ -139,12 +140,8 @@ class TrainingRuns:
     def hold(self, run_id: str, recipe_toml: str, lease: Lease, *, resumed: bool) -> HeldRun:
         """Hold a run whose lease was taken from the queue, with the newest of its files."""
         run = HeldRun(run_id, self._root / PREFIX / run_id, resumed, lease)
-        try:
+        with disk_errors(f"run {run_id} cannot be copied", run.folder, "make room"):
             self._bring(run, recipe_toml)
-        except OSError as error:
-            raise StoreError(
-                f"run {run_id} cannot be copied: {describe_error(error, run.folder)}: make room"
-            ) from error
         return run
 
     def fill(self, run: HeldRun, recipe_toml: str, data_digest: str) -> None:
@@ -218,17 +215,16 @@ class TrainingRuns:
         working = run.folder / "copied"
         shutil.rmtree(working, ignore_errors=True)
         try:
-            make_folder(working)
-            sources = {}
-            for path in paths:
-                if path.name == CHECKPOINT:  # it is replaced as a whole, and may be large
-                    _link(path, working / path.name)
-                else:
-                    shutil.copyfile(path, working / path.name)
-                sources[path.relative_to(self._root).as_posix()] = working / path.name
-            self._artifacts.keep_as(sources, run)
-        except OSError as error:
-            raise StoreError(f"run {run.id} cannot be copied: {describe_error(error, working)}: make room") from error
+            with disk_errors(f"run {run.id} cannot be copied", working, "make room"):
+                make_folder(working)
+                sources = {}
+                for path in paths:
+                    if path.name == CHECKPOINT:  # it is replaced as a whole, and may be large
+                        _link(path, working / path.name)
+                    else:
+                        shutil.copyfile(path, working / path.name)
+                    sources[path.relative_to(self._root).as_posix()] = working / path.name
+                self._artifacts.keep_as(sources, run)
         finally:
             shutil.rmtree(working, ignore_errors=True)
 
