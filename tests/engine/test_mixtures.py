@@ -45,8 +45,10 @@ def loras(family: str, task: Any, count: int = 8) -> list[Adapter]:
     return [made(family, task, kind, seed) for seed, kind in enumerate(kinds, 1)]
 
 
-def peft_logits(family: str, adapter: Adapter, inputs: list[torch.Tensor]) -> torch.Tensor:
+def peft_logits(family: str, adapter: Adapter, inputs: list[torch.Tensor], *, exact: bool = False) -> torch.Tensor:
+    """PEFT's logits; exact: in float64."""
     model = lora_twin(family, "classify", adapter)
+    model = model.double() if exact else model
     logits: torch.Tensor = model(**padded(inputs, model.config.pad_token_id)).logits
     return logits
 
@@ -59,7 +61,9 @@ def test_a_mixed_pass_of_loras_equals_peft_row_by_row(family: str, way: str) -> 
     inputs = with_eos(runner.model, rows())
     mixed = runner.run([Prefill(row.tolist(), slot) for slot, row in enumerate(inputs, 1)]).classes
     for adapter, row, logits in zip(adapters, inputs, mixed, strict=True):
-        torch.testing.assert_close(logits, peft_logits(family, adapter, [row])[0], atol=1e-5, rtol=1e-5)
+        theirs, exact = (peft_logits(family, adapter, [row], exact=each)[0] for each in (False, True))
+        rounding = float((theirs - exact).abs().max())  # PEFT's own: up to 1.4e-5 for T5, depending on the processor
+        torch.testing.assert_close(logits, theirs, atol=1e-5 + rounding, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

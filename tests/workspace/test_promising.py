@@ -31,17 +31,18 @@ from turret.timestamp import timestamp
 from turret.workspace.promising import PromiseStatus
 
 GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
+BOTH = ("film and story", "a bank and a pleasure", "lazy and quick")
 LONG_AGO = "2026-01-01T00:00:00.000Z"
 
 
 def rows(first: int, count: int, wrong: int = 0) -> list[tuple[str, str]]:
-    """Texts and labels; every `wrong`-th label is the other one, and its text says both."""
+    """Texts and labels; every `wrong`-th text says both, and its label tells by turns one and the other."""
     found = []
     for number in range(first, first + count):
         words = (GOOD if number % 2 else BAD)[number // 2 % 3]
         label = "good" if number % 2 else "bad"
         if wrong and number % wrong == 0:
-            words, label = f"{GOOD[number % 3]} {BAD[number % 3]}", ("bad" if number % 2 else "good")
+            words, label = BOTH[number // wrong % 3], ("bad" if number // wrong % 2 else "good")
         found.append((f"{words}, number {number}", label))
     return found
 

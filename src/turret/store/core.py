@@ -196,6 +196,7 @@ class Store:
         self.location = self._shared.location
         self.root = self._shared.root  # on this machine: all of a folder store; the runs of a store with a URL
         self._catalog, self._blobs = self._shared.catalog, self._shared.files
+        self._opened: Database | None = None  # as the access sees it
 
     def __str__(self) -> str:
         return str(self.location)
@@ -649,9 +650,13 @@ class Store:
 
     def _open(self) -> Database | None:
         """The database, opened once; None if the store does not exist."""
-        found = self._shared.open()
-        return None if found is None else found.with_access(self.access)
+        if self._opened is None:
+            found = self._shared.open()
+            self._opened = None if found is None else found.with_access(self.access)
+        return self._opened
 
     def _open_or_create(self) -> Database:
         """The database, created if the store does not exist."""
-        return self._shared.open_or_create().with_access(self.access)
+        if self._opened is None:
+            self._opened = self._shared.open_or_create().with_access(self.access)
+        return self._opened
