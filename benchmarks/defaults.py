@@ -422,7 +422,7 @@ def report(runs: list[dict[str, Any]]) -> str:
 
 
 def code_of(method: str, examples: int) -> str:
-    """The version of what a method does with that many examples."""
+    """The number of the defaults that a method has with so many examples; runs with another number are out of date."""
     return (CODES if examples >= MANY else FEW_CODES)[method]
 
 
