@@ -422,6 +422,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "defaults": lambda: defaults.confirmed(record.load("defaults")),
     "defaults-outside": lambda: defaults.elsewhere(record.load("defaults")),
     "defaults-missed": lambda: defaults.missed(record.load("defaults")),
+    "defaults-macro-f1": lambda: defaults.macro_f1(record.load("defaults")),
     "defaults-screening": lambda: defaults.screened(record.load("defaults")),
     "prefix-attention": lambda: prefix_attention.report(record.load("prefix_attention")),
 }
