@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,23 @@ def test_progress_says_the_last_score_and_the_time_left(tmp_path) -> None:
     runner.results[cells[0].key], runner.last = done, "full 90.0"
     write_text(tmp_path / "cells" / cells[0].key / "result.json", "{}")
     assert runner.title(cells, 2) == "2 of 4  lora, seed 42; last full 90.0; about 2 min 00 s left"
+
+
+def test_progress_says_no_time_left_before_a_training_has_ended(tmp_path) -> None:
+    made = design(
+        recipe_in(tmp_path), candidates("base,full", recipe_in(tmp_path), "classify"), seeds=2, fractions=(1.0,),
+        against="full", margin=1.0, train=40,
+    )  # fmt: skip
+    cells = list(made.cells())
+    runner = CellRunner(Store(tmp_path / "store"), tmp_path, lambda _: None)
+    ended = {cell.candidate.kind: cell for cell in reversed(cells)}
+    base, full = ended["base"], ended["full"]
+    runner.results[base.key] = replace(result(base, dataset(20), 0.5, 1), version=None)
+    write_text(tmp_path / "cells" / base.key / "result.json", "{}")
+    assert "left" not in runner.title(cells, cells.index(full) + 1)
+    runner.results[full.key] = result(full, dataset(20), 0.9, 1)
+    write_text(tmp_path / "cells" / full.key / "result.json", "{}")
+    assert "left" in runner.title(cells, len(cells))  # control
 
 
 def test_a_comparison_that_is_held_by_another_process_is_refused(compared) -> None:

@@ -383,7 +383,8 @@ class CellRunner:
         known = [each for each in expected if each is not None]
         parts = [f"{number} of {len(cells)}  {cells[number - 1]}"]
         parts += [f"last {self.last}"] if self.last else []
-        parts += [f"about {span(sum(known) * len(expected) / len(known))} left"] if known else []
+        # rows that train nothing take seconds: they say nothing about a training
+        parts += [f"about {span(sum(known))} left"] if known and len(known) == len(expected) else []
         return "; ".join(parts)
 
     def _expected_seconds(self, cell: Cell, *, own: bool = False) -> float | None:
