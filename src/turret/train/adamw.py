@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from turret import quantized
 from turret.engine.protocol import OptimStep
@@ -33,7 +34,7 @@ class Moments(Protocol):
     """The moments of a row of N weights."""
 
     def step(self, weights: Tensor, gradients: Tensor, how: OptimStep, steps: int) -> None:
-        """Update moments and weights (N,) float32. The gradients are scratch space. steps: with this one."""
+        """Update moments and weights (N,) float32. steps: with this one."""
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint keeps. They are not copies."""
@@ -44,26 +45,32 @@ class Float32Moments:
 
     Args:
         weights: the row (N,).
-        parts: they cover the row; those that decay come first.
+        parts: they cover the row.
     """
 
     def __init__(self, weights: Tensor, parts: Sequence[Part]) -> None:
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(weights), torch.zeros_like(weights)
-        self._decayed = max((part.where.stop for part in parts if part.decays), default=0)
-        self._faster = [part for part in parts if part.ratio != 1.0]
+        self._parts = parts
 
     def step(self, weights: Tensor, gradients: Tensor, how: OptimStep, steps: int) -> None:
         beta1, beta2 = how.betas
-        self.exp_avg.lerp_(gradients, 1 - beta1)
-        self.exp_avg_sq.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
-        if how.weight_decay:
-            weights[: self._decayed].mul_(1 - how.lr * how.weight_decay)
-        torch.sqrt(self.exp_avg_sq, out=gradients)
-        gradients.div_(math.sqrt(1 - beta2**steps)).add_(how.eps)
-        value = -how.lr / (1 - beta1**steps)
-        weights.addcdiv_(self.exp_avg, gradients, value=value)
-        for where, _, ratio in self._faster:
-            weights[where].addcdiv_(self.exp_avg[where], gradients[where], value=value * (ratio - 1))
+        for where, decays, ratio in self._parts:
+            adamw(
+                [weights[where]],
+                [gradients[where]],
+                [self.exp_avg[where]],
+                [self.exp_avg_sq[where]],
+                [],
+                [weights.new_full((), steps - 1.0)],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=how.lr * ratio,
+                weight_decay=how.weight_decay / ratio if decays else 0.0,  # a ratio does not change the decay
+                eps=how.eps,
+                maximize=False,
+            )
 
     def state(self) -> dict[str, Tensor]:
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
@@ -247,7 +254,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, how: OptimStep) -> None:
-        """One update; nothing is clipped. It overwrites the gradients, whose row is its scratch space."""
+        """One update; nothing is clipped."""
         self.steps += 1
         self._moments.step(self.weights, self.gradients, how, self.steps)
         self._raise_version()
