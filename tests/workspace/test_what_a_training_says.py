@@ -42,7 +42,7 @@ def trained(
     ("train", "advised"),
     [
         ({"epochs": 4, "lr": 3e-3}, "set train.epochs to 8 (now 4)"),
-        ({"epochs": 4, "lr": 3e-3, "max_steps": 10}, "set train.max_steps to 20 (now 10)"),
+        ({"epochs": 8, "lr": 3e-3, "max_steps": 16}, "set train.max_steps to 32 (now 16)"),
         ({"epochs": 4, "lr": 3e-3, "max_steps": 500}, "set train.epochs to 8 (now 4)"),
         ({"epochs": 60, "lr": 3e-2}, None),  # the control: the loss has levelled off
     ],
@@ -57,7 +57,7 @@ def test_a_training_whose_loss_still_falls_says_in_one_line_what_would_help(
     assert said == [f"the training loss still fell at the last step, so longer training would help: {advised}"]
     assert len(said[0]) < 300
     assert "\n" not in said[0]
-    assert ("max_steps" in said[0]) == (train.get("max_steps") == 10), "a setting that does not limit it is not named"
+    assert ("max_steps" in said[0]) == (train.get("max_steps") == 16), "a setting that does not limit it is not named"
 
 
 @pytest.mark.slow
