@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -170,4 +171,8 @@ def test_errors_of_both_arms_roll_nothing_back_and_of_the_candidate_alone_do(wor
         if settled.experiment.state == "ended":
             break
     assert second >= 10
-    assert "answers were errors, the limit is 2%; 0 of " in settled.done[0]
+    said = r"(\d+) of its last (\d+) answers were errors, the limit is 2%; (\d+) of (\d+) of the control's"
+    match = re.search(said, settled.done[0])
+    assert match is not None, settled.done
+    bad, answers, bad_control, of_control = map(int, match.groups())  # the last may reach back to the first seconds
+    assert bad / answers > 2 * bad_control / of_control
