@@ -6,7 +6,7 @@ settings, further seeds confirm the defaults. The sets in TUNED chose defaults, 
 kept as it ends; one that is kept already is not run again, so the same command continues a study that was cut short.
 
 The stage `confirm` has 448 runs of one to six minutes of a core each, of which a part has run: the first seed of every
-set first, then further seeds of LoRA and prefix tuning with 200 examples, in the order of the sets.
+set first, then further seeds with 200 examples, in the order of the sets.
 
     python benchmarks/defaults.py --data DATA --stage small        screening: few examples
     python benchmarks/defaults.py --data DATA --stage prefixes     screening: prefixes of an encoder
