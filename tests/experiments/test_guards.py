@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 
 import numpy as np
 import pytest
@@ -158,7 +157,8 @@ def test_where_the_control_gets_no_traffic_the_bound_alone_decides(workspace, ro
 
 
 def test_errors_of_both_arms_roll_nothing_back_and_of_the_candidate_alone_do(workspace, router, clock) -> None:
-    workspace.experiment("news").start("news@2", share=0.5, guards=Guards(max_errors=0.02, max_seconds=2.0))
+    guards = Guards(max_errors=0.02, max_seconds=2.0)
+    workspace.experiment("news").start("news@2", share=0.5, guards=guards, salt="always the same arms")
     seconds: list[tuple[str, ...]] = [("control", "candidate")] * 5 + [()] * 5 + [("candidate",)] * 20
     for second, failing in enumerate(seconds):
         clock.now += 1
@@ -171,8 +171,4 @@ def test_errors_of_both_arms_roll_nothing_back_and_of_the_candidate_alone_do(wor
         if settled.experiment.state == "ended":
             break
     assert second >= 10
-    said = r"(\d+) of its last (\d+) answers were errors, the limit is 2%; (\d+) of (\d+) of the control's"
-    match = re.search(said, settled.done[0])
-    assert match is not None, settled.done
-    bad, answers, bad_control, of_control = map(int, match.groups())  # the last may reach back to the first seconds
-    assert bad / answers > 2 * bad_control / of_control
+    assert "answers were errors, the limit is 2%; 0 of " in settled.done[0]
