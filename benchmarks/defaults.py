@@ -527,12 +527,10 @@ def macro_f1(runs: list[dict[str, Any]]) -> str:
     for examples in (SMALL, MANY):
         for name in skewed:
             own = [run for run in now if (run["set"], run["asked"]) == (name, examples)]
-            score: dict[str, list[float]] = {
-                method: [run["validation"]["macro_f1"] for run in own if run["method"]["kind"] == method]
-                for method in METHODS
-            }
-            said = [f"{100 * statistics.fmean(each):.1f} ({len(each)})" if each else "" for each in score.values()]
-            rows.append([name, examples, f"{100 * own[0]['majority']:.1f}", *said])
+            scores = (
+                [run["validation"]["macro_f1"] for run in own if run["method"]["kind"] == method] for method in METHODS
+            )
+            rows.append([name, examples, f"{100 * own[0]['majority']:.1f}", *map(_mean, scores)])
     return record.table(["macro F1", "asked for", "largest class", *METHODS], rows)
 
 
@@ -547,6 +545,11 @@ def _seeds_of(runs: list[dict[str, Any]]) -> str:
     return ", ".join(f"{seed} ({count[seed]})" for seed in sorted(count))
 
 
+def _mean(scores: Sequence[float]) -> str:
+    """`71.9 (5)`: the mean in percent, and of how many runs."""
+    return f"{100 * statistics.fmean(scores):.1f} ({len(scores)})" if scores else ""
+
+
 def _accuracies(found: Found, title: str, names: Sequence[str] = CLASSIFY) -> str:
     rows = []
     for name in names:
@@ -558,7 +561,7 @@ def _accuracies(found: Found, title: str, names: Sequence[str] = CLASSIFY) -> st
             own = [run["validation"]["accuracy"] for key, run in found.items() if key[:2] == (name, method)]
             table = _differences(found, name, method, "linear")
             apart = "" if table is None or method == "linear" else f"; {pooled([table])}"
-            line.append(f"{100 * statistics.fmean(own):.1f} ({len(own)}){apart}" if own else "")
+            line.append(_mean(own) + apart)
         rows.append(line)
     return record.table([title, "examples", "largest class", *METHODS], rows)
 

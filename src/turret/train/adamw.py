@@ -29,6 +29,10 @@ class Part(NamedTuple):
     decays: bool
     ratio: float
 
+    def weight_decay(self, how: OptimStep) -> float:
+        """What to multiply by the part's learning rate, so that a ratio does not change the decay."""
+        return how.weight_decay / self.ratio if self.decays else 0.0
+
 
 class Moments(Protocol):
     """The moments of a row of N weights."""
@@ -54,20 +58,20 @@ class Float32Moments:
 
     def step(self, weights: Tensor, gradients: Tensor, how: OptimStep, steps: int) -> None:
         beta1, beta2 = how.betas
-        for where, decays, ratio in self._parts:
+        for part in self._parts:
             adamw(
-                [weights[where]],
-                [gradients[where]],
-                [self.exp_avg[where]],
-                [self.exp_avg_sq[where]],
+                [weights[part.where]],
+                [gradients[part.where]],
+                [self.exp_avg[part.where]],
+                [self.exp_avg_sq[part.where]],
                 [],
                 [weights.new_full((), steps - 1.0)],
                 fused=True,
                 amsgrad=False,
                 beta1=beta1,
                 beta2=beta2,
-                lr=how.lr * ratio,
-                weight_decay=how.weight_decay / ratio if decays else 0.0,  # a ratio does not change the decay
+                lr=how.lr * part.ratio,
+                weight_decay=part.weight_decay(how),
                 eps=how.eps,
                 maximize=False,
             )
@@ -108,24 +112,24 @@ class EightBitMoments:
 
     def step(self, weights: Tensor, gradients: Tensor, how: OptimStep, steps: int) -> None:
         (m, v), (m_scale, v_scale), (beta1, beta2) = self._moments, self._absmax, how.betas
-        for (where, decays, ratio), blocks in zip(self._parts, self._scales, strict=True):
+        for part, blocks in zip(self._parts, self._scales, strict=True):
             self._update(
                 "adam",
-                gradients[where],
-                weights[where],
-                m[where],
-                v[where],
+                gradients[part.where],
+                weights[part.where],
+                m[part.where],
+                v[part.where],
                 beta1,
                 beta2,
                 0.0,  # of other optimisers
                 0.0,
                 how.eps,
                 steps,
-                how.lr * ratio,
+                how.lr * part.ratio,
                 *self._maps,
                 m_scale[blocks],
                 v_scale[blocks],
-                weight_decay=how.weight_decay / ratio if decays else 0.0,  # a ratio does not change the decay
+                weight_decay=part.weight_decay(how),
             )
 
     def state(self) -> dict[str, Tensor]:
