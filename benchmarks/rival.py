@@ -55,7 +55,9 @@ def load(folder: str, kind: str, labels: int = 2, way: Way | None = None) -> Any
 
 
 def adapt(model: Any, kind: str, method: str) -> Any:
-    """PEFT's LoRA or prefix on the base; all that is trained is float32, whatever the base is."""
+    """PEFT's LoRA or prefix on the base, or the base itself (full); all that is trained is float32."""
+    if method == "full":
+        return model.float()
     import peft
 
     task = peft.TaskType.SEQ_CLS if kind == "classify" else peft.TaskType.CAUSAL_LM

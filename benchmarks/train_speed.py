@@ -1,16 +1,18 @@
 """Claim: turret trains an adapter several times faster than HF Trainer + PEFT, in a fraction of the memory, as well.
 
-LoRA on short texts and on whole articles (all-MiniLM-L6), LoRA and prefix on article -> headline (SmolLM2-135M): the
-same examples, token ids, order, batch size, steps, learning rate, schedule and AdamW on every side. Every side has a
-process of its own; they take turns, a block of the same steps each, round after round, and sleep in between, so that
-what else the machine does hits all alike. Knows turret by the names its rooms export, in `train_sides.py`.
+LoRA on short texts and on whole articles, every weight on short texts (all-MiniLM-L6), LoRA and prefix on article ->
+headline (SmolLM2-135M): the same examples, token ids, order, batch size, steps, learning rate, schedule and AdamW on
+every side. Every side has a process of its own; they take turns, a block of the same steps each, round after round, and
+sleep in between, so that what else the machine does hits all alike. Knows turret by the names its rooms export, in
+`train_sides.py`.
 
 - A step lasts from leave to step (the first of a block) or the end of the step before to its end.
 - Ratio: a side's time of a block over turret's of the same block; the median over the rounds [least, most].
 - Tokens are real ones, never padding. FLOPs of a step: 2 * 2 * (N * tokens + M * target tokens): forward, and backward
-  through the activations (frozen weights have no gradient); N weights without embeddings, pooler and output layer, M
-  weights of the output layer; attention scores and the adapter are left out. The share is of the fastest matrix product
-  (2048 x 576 x 1536, float32 or bfloat16) of this machine with these threads.
+  through the activations (frozen weights have no gradient; where every weight is trained it is 3 * 2 *). N weights
+  without embeddings, pooler and output layer, M weights of the output layer; attention scores and the adapter are left
+  out. The share is of the fastest matrix product (2048 x 576 x 1536, float32 or bfloat16) of this machine with these
+  threads.
 - Memory: resident bytes once the base is loaded and looked at, and the peak (VmHWM) from there to the last step. Code
   of libraries that came in with the first steps is in it, and named beside it: the same tens of MB on every side.
 
@@ -76,7 +78,7 @@ def _side(words: Mapping[str, Any], threads: int, log: Path) -> Iterator[Side]:
 
 def _source(name: str, options: argparse.Namespace, folder: Path) -> str:
     """Where a job's examples are."""
-    if name != "short":
+    if name not in ("short", "every-weight"):
         return JOBS[name].source
     if options.data is not None:
         return str(options.data)
@@ -138,7 +140,7 @@ def _in_turns(name: str, steps: int, rounds: int, options: argparse.Namespace, f
             results[who] |= started[who].hear("facts")  # heard out, so that its end falls into nobody's turn
 
     try:
-        for who in options.sides:
+        for who in (each for each in options.sides if each in JOBS[name].sides):
             start(who)
         for turn in range(rounds):
             order = list(started)
@@ -207,7 +209,11 @@ def _speed(run: Run) -> str:
         "", "ms a step", "examples/s", "tokens/s", "share of GEMM", "base MB", "peak MB", "above base MB",
         "of it libraries", "time against turret",
     ]  # fmt: skip
-    rows = [_speed_row(side, done.get(TURRET), max(run["peaks"].values()), who) for who, side in done.items()]
+    ours = TURRET if TURRET in done else "turret fp32"
+    job, peak = JOBS[run["settings"]["job"]], max(run["peaks"].values())
+    rows = [
+        _speed_row(who, side, None if who == ours else done.get(ours), peak, job.flops) for who, side in done.items()
+    ]
     peaks = ", ".join(f"{dtype} {value / 1e9:.0f} GFLOP/s" for dtype, value in run["peaks"].items())
     lines = [_title(run), f"GEMM: {peaks}", "", record.table(header, rows)]
     predicted = [[who, *_predicted(side)] for who, side in done.items() if side["predicted"]]
@@ -224,7 +230,7 @@ def _title(run: Run) -> str:
     return f"**{settings['job']}** ({said}; {run['machine']['device']})"
 
 
-def _speed_row(side: Run, beside: Run | None, peak: float, who: str) -> list[str]:
+def _speed_row(who: str, side: Run, beside: Run | None, peak: float, flops_per_weight: float) -> list[str]:
     blocks = side["blocks"]
     seconds = [sum(block) for block in blocks]
 
@@ -238,11 +244,11 @@ def _speed_row(side: Run, beside: Run | None, peak: float, who: str) -> list[str
         return statistics.median(rates)
 
     flops = [
-        4.0 * (side["forward_weights"] * tokens + side["output_weights"] * targets)
+        flops_per_weight * (side["forward_weights"] * tokens + side["output_weights"] * targets)
         for tokens, targets in zip(side["tokens"], side["target_tokens"], strict=True)
     ]
     ratio = "-"
-    if beside is not None and who != TURRET:
+    if beside is not None:
         ratio = record.shown(record.ratio(seconds, [sum(block) for block in beside["blocks"]]), unit="")
     sizes = (side["resident"], side["peak"], side["peak"] - side["resident"], side["libraries"])
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,39 @@ from turret.errors import AdapterError
 from turret.families import family_of
 from turret.manifest import AdapterConfig
 from turret.methods.full import UNMIXED, Full
+from turret.ops.core import FunctionContext, Gradients, apply
+from turret.ops.structs import GRADIENT_STAYS
 from turret.transformer import Model
+
+
+class _RowsContext(FunctionContext, Protocol):
+    parameter: Tensor
+    padding: int | None
+
+
+class _Rows(torch.autograd.Function):
+    """W[ids]. If W keeps its `grad`, the gradient is added to the rows of `ids` in place.
+
+    torch's own gradient of an embedding is as large as W, nearly all of it zero. W: (V, D), ids: any shape.
+    padding: the row that gets no gradient, or None.
+    """
+
+    @staticmethod
+    def forward(ctx: _RowsContext, weight: Tensor, ids: Tensor, padding: int | None) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.parameter, ctx.padding = weight, padding
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: _RowsContext, *gradients: Tensor) -> Gradients:
+        weight, ids = ctx.parameter, ctx.saved_tensors[0].flatten()
+        dy = gradients[0].reshape(len(ids), -1).to(weight.dtype)
+        if ctx.padding is not None:
+            dy = dy.masked_fill((ids == ctx.padding)[:, None], 0.0)
+        if getattr(weight, GRADIENT_STAYS, False) and (grad := weight.grad) is not None:
+            grad.index_add_(0, ids, dy)
+            return None, None, None
+        return torch.zeros_like(weight).index_add_(0, ids, dy), None, None
 
 
 class FullTuner(Tuner[Full]):
@@ -23,6 +56,11 @@ class FullTuner(Tuner[Full]):
 
     def start(self, model: Model, attached: HookedModel, beginning: AdapterInit) -> None:
         _swap(model, attached, {})
+        words = model.get_input_embeddings().weight
+        for module in model.modules():
+            # on a GPU `index_add_` has no fixed order of summation, and the large gradient costs little
+            if isinstance(module, nn.Embedding) and module.weight is words and words.device.type == "cpu":
+                attached.undo.append(module.register_forward_hook(look_up).remove)
 
     def extract(self, attached: HookedModel, slot: int) -> Extracted:
         names = tuple(f"{name}." for name in attached.family.head_modules)
@@ -51,6 +89,13 @@ class FullTuner(Tuner[Full]):
         values = {**adapter.tensors, **adapter.head}
         _check_names(model, values)
         _swap(model, attached, values)
+
+
+def look_up(module: nn.Embedding, args: tuple[Tensor], output: Tensor) -> Tensor:
+    """The output of an embedding, through `_Rows`."""
+    if type(module) is not nn.Embedding or module.max_norm or module.scale_grad_by_freq or module.sparse:
+        return output
+    return apply(_Rows, module.weight, args[0], module.padding_idx)
 
 
 def _swap(model: Model, attached: HookedModel, values: dict[str, Tensor]) -> None:
