@@ -121,7 +121,9 @@ def speed_runs() -> list[Run]:
     """The newest run for speed of each job on each machine, machines with the newest runs first."""
     runs = [run for run in record.load("train_speed") if run["what"] == "speed" and not again(run)]
     newest = record.newest(runs, lambda run: run["settings"]["job"])
-    last = {machine(run): at(run) for run in sorted(newest, key=at)}  # of any job on that machine
+    last: dict[str, tuple[bool, str]] = {}  # of each machine; one that trained no adapter comes last
+    for run in newest:
+        last[machine(run)] = max(last.get(machine(run), (False, "")), (adapts(run), at(run)))
     order = sorted(last, key=lambda name: last[name], reverse=True)
     return sorted(newest, key=lambda run: (order.index(machine(run)), list(JOBS).index(run["settings"]["job"])))
 
