@@ -5,8 +5,7 @@ examples that are drawn off a train file; no test file is opened and no data set
 settings, further seeds confirm the defaults. The sets in TUNED chose defaults, the others chose nothing. Every run is
 kept as it ends; one that is kept already is not run again, so the same command continues a study that was cut short.
 
-The stage `confirm` has 448 runs of one to six minutes of a core each, of which a part has run: the first seed of every
-set first, then further seeds with 200 examples, in the order of the sets.
+The stage `confirm` has 448 runs of one to six minutes of a core each.
 
     python benchmarks/defaults.py --data DATA --stage small        screening: few examples
     python benchmarks/defaults.py --data DATA --stage prefixes     screening: prefixes of an encoder

@@ -163,7 +163,7 @@ def _training(
 
 
 def _source(job: str, folder: Path) -> str:
-    if job != "short":
+    if not sides.JOBS[job].sentences:
         return sides.JOBS[job].source
     path = folder / "sentences.jsonl"
     if not path.exists():

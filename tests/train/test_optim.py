@@ -14,11 +14,12 @@ from small_models import build
 from torch import nn
 
 from turret.adapters import attach, extract
-from turret.adapters.prefix import GRADIENT_STAYS, PrefixGroup
+from turret.adapters.prefix import PrefixGroup
 from turret.engine.protocol import OptimStep
 from turret.errors import TrainingError
 from turret.families import FAMILIES
 from turret.methods import LoRA
+from turret.ops.structs import GRADIENT_STAYS
 from turret.recipe import Recipe
 from turret.train.adamw import AdamW, learning_rate, warmup_steps
 from turret.train.initialize import optimiser_of

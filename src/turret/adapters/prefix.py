@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from turret.ops.core import FunctionContext, Gradients, apply
-from turret.ops.structs import GRADIENT_STAYS
+from turret.ops.structs import kept_gradient
 
 EMBEDDING_SIZE = 64  # of each virtual token inside the reparametrisation
 Groups = dict[str, list[tuple[Tensor, Tensor]]]  # (key, value) of every layer, each (H, P, D), by group
@@ -42,8 +42,8 @@ class _Outer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _OuterContext, *gradients: Tensor) -> Gradients:
         (h, weight), dy = ctx.saved_tensors, gradients[0]
-        if getattr(ctx.parameter, GRADIENT_STAYS, False) and (grad := ctx.parameter.grad) is not None:
-            grad.addmm_(dy.mT, h)
+        if (kept := kept_gradient(ctx.parameter)) is not None:
+            kept.addmm_(dy.mT, h)
             return dy @ weight, None
         return dy @ weight, dy.mT @ h
 

@@ -20,6 +20,11 @@ OF_SITE, OF_SEED, OF_HEAD = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D  # odd numbers, s
 FIRST_MIX, SECOND_MIX = 0x7FEB352D, 0x846CA68B
 
 
+def kept_gradient(parameter: Tensor) -> Tensor | None:
+    """The gradient to which a backward pass adds in place, None where it has to return a gradient."""
+    return parameter.grad if getattr(parameter, GRADIENT_STAYS, False) else None
+
+
 @dataclass(frozen=True, eq=False)
 class DropoutArguments:
     """The mask of one site in one pass: an element is kept if the hash of its place reaches the threshold.

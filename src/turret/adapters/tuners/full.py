@@ -17,7 +17,7 @@ from turret.families import family_of
 from turret.manifest import AdapterConfig
 from turret.methods.full import UNMIXED, Full
 from turret.ops.core import FunctionContext, Gradients, apply
-from turret.ops.structs import GRADIENT_STAYS
+from turret.ops.structs import kept_gradient
 from turret.transformer import Model
 
 
@@ -42,11 +42,11 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _RowsContext, *gradients: Tensor) -> Gradients:
         weight, ids = ctx.parameter, ctx.saved_tensors[0].flatten()
-        dy = gradients[0].reshape(len(ids), -1).to(weight.dtype)
+        dy = gradients[0].reshape(len(ids), -1)
         if ctx.padding is not None:
             dy = dy.masked_fill((ids == ctx.padding)[:, None], 0.0)
-        if getattr(weight, GRADIENT_STAYS, False) and (grad := weight.grad) is not None:
-            grad.index_add_(0, ids, dy)
+        if (kept := kept_gradient(weight)) is not None:
+            kept.index_add_(0, ids, dy)
             return None, None, None
         return torch.zeros_like(weight).index_add_(0, ids, dy), None, None
 
@@ -59,7 +59,7 @@ class FullTuner(Tuner[Full]):
         words = model.get_input_embeddings().weight
         for module in model.modules():
             # on a GPU `index_add_` has no fixed order of summation, and the large gradient costs little
-            if isinstance(module, nn.Embedding) and module.weight is words and words.device.type == "cpu":
+            if module._parameters.get("weight") is words and words.device.type == "cpu" and _is_plain(module):
                 attached.undo.append(module.register_forward_hook(look_up).remove)
 
     def extract(self, attached: HookedModel, slot: int) -> Extracted:
@@ -91,10 +91,15 @@ class FullTuner(Tuner[Full]):
         _swap(model, attached, values)
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is an embedding that only looks rows up. A subclass may scale them."""
+    if type(module) is not nn.Embedding:
+        return False
+    return not (module.max_norm or module.scale_grad_by_freq or module.sparse)
+
+
 def look_up(module: nn.Embedding, args: tuple[Tensor], output: Tensor) -> Tensor:
     """The output of an embedding, through `_Rows`."""
-    if type(module) is not nn.Embedding or module.max_norm or module.scale_grad_by_freq or module.sparse:
-        return output
     return apply(_Rows, module.weight, args[0], module.padding_idx)
 
 

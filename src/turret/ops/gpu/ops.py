@@ -23,7 +23,7 @@ from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
 from turret.ops.core import REFERENCE, LoraGradients, Loras, Ops, to_device
-from turret.ops.structs import GRADIENT_STAYS, AttentionRows, DropoutArguments, Lora, Prefixes, RMSNorm
+from turret.ops.structs import AttentionRows, DropoutArguments, Lora, Prefixes, RMSNorm, kept_gradient
 
 ATTENTION, LIGER, DROPOUT = FEATURES = ("attention", "liger", "dropout")  # what a GPU may have
 WIDEST = 256  # numbers in a head that FlashAttention takes
@@ -288,7 +288,7 @@ def _parts(h: Tensor, loras: Loras) -> tuple[Tensor, ...]:
 
 def _add_gradient(parameter: Tensor, gradient: Tensor, scale: float) -> Tensor | None:
     """Add a gradient where the parameter keeps it, else return it in the parameter's precision."""
-    if getattr(parameter, GRADIENT_STAYS, False) and (kept := parameter.grad) is not None:
+    if (kept := kept_gradient(parameter)) is not None:
         kept.add_(gradient, alpha=scale)
         return None
     gradient = gradient.to(parameter.dtype)
