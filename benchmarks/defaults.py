@@ -10,6 +10,7 @@ The stage `confirm` has 448 runs of one to six minutes of a core each.
     python benchmarks/defaults.py --data DATA --stage small        screening: few examples
     python benchmarks/defaults.py --data DATA --stage prefixes     screening: prefixes of an encoder
     python benchmarks/defaults.py --data DATA --stage decoders     screening: a decoder
+    python benchmarks/defaults.py --data DATA --stage steps --seed 0 1    screening: LoRA with many examples
     python benchmarks/defaults.py --data DATA --stage confirm --seed 0 1 2 3 4
     python benchmarks/defaults.py --stage outside                  two sets from packages, that no other test here has
     python benchmarks/defaults.py                                  what the kept runs say
@@ -278,7 +279,7 @@ def measure(job: Job, seed: int, options: argparse.Namespace) -> None:
     from turret import train as trainer
 
     key = job.key(seed)
-    code = code_of(job.method[0][1], job.examples)
+    code = code_of(job.method[0][1], job.examples, job.set)
     if any(run["key"] == key and run["code"] == code for run in record.load(NAME)):
         return
     recipe, base, task, data = ready(job, seed, options)
@@ -330,7 +331,7 @@ def ready(job: Job, seed: int, options: argparse.Namespace) -> tuple[Any, Any, A
     from turret import bases
     from turret.tasks import make_task, task_of
 
-    held = CONFIRMED if options.stage in ("confirm", "outside") else None
+    held = CONFIRMED if options.stage in ("steps", "confirm", "outside") else None
     recipe, data = recipe_of(job, seed), dataset(job.set, options.data, job.examples, held)
     asked = task_of(data.kind)
     base = bases.load(recipe.base, task=asked.request, num_labels=asked.num_labels(data.labels), seed=seed)
@@ -356,6 +357,8 @@ SEEDS = 5  # of the stage `confirm`
 SKEWED = 0.6  # the share of the largest class from which on macro F1 is shown too
 CODES = {"linear": "2", "full": "4", "lora": "5", "prefix": "5"}  # raised when defaults change: runs are made anew
 FEW_CODES = CODES | {"full": "5", "lora": "6", "prefix": "6"}  # with fewer than 600 examples: the head's start changed
+MORE_STEPS = ("emotions", "banking", "clinc", "diagnoses")  # more than ten classes: LoRA's steps changed
+MORE_DRAWS = ("banking", "clinc")  # more than 24 classes, of few examples each: their head's start changed once more
 
 
 def small() -> Iterator[Job]:
@@ -391,6 +394,18 @@ def decoders() -> Iterator[Job]:
             yield Job(name, SMALL, method, (("lr", rate), ("epochs", 1), ("batch_size", 4)))
 
 
+def steps() -> Iterator[Job]:
+    """LoRA with many examples: for longer, at a larger rate, on every linear layer. `confirm` has the defaults."""
+    wide = (*LORA, ("target_modules", "all-linear"))
+    epochs = {"emotions": 14, "spam": 9, "similar": 9}  # of about 1,000 steps: these have 607 and 900 examples
+    yield from (Job(name, MANY, LORA, (("epochs", epochs.get(name, 8)),)) for name in CLASSIFY)
+    for name in TUNED:
+        yield from (
+            Job(name, MANY, LORA, (train,)) for train in (("epochs", 10 if name == "emotions" else 6), ("lr", 2e-3))
+        )
+        yield from (Job(name, MANY, wide, train) for train in ((), (("lr", 5e-4),)))
+
+
 def confirm() -> Iterator[Job]:
     """Every default, and the regression: the recipe names nothing but the method."""
     for examples in (SMALL, MANY):
@@ -408,6 +423,7 @@ STAGES = {
     "prefixes": prefixes,
     "longer": longer,
     "decoders": decoders,
+    "steps": steps,
     "confirm": confirm,
     "outside": outside,
 }
@@ -421,15 +437,20 @@ def report(runs: list[dict[str, Any]]) -> str:
     return f"{screened(runs)}\n\n{confirmed(runs)}\n\n{elsewhere(runs)}"
 
 
-def code_of(method: str, examples: int) -> str:
-    """The number of the defaults that a method has with so many examples; runs with another number are out of date."""
-    return (CODES if examples >= MANY else FEW_CODES)[method]
+def code_of(method: str, examples: int, name: str) -> str:
+    """The number of a method's defaults with so many examples of a set; runs with another number are out of date."""
+    code = (CODES if examples >= MANY else FEW_CODES)[method]
+    if method == "lora" and examples >= MANY and name in MORE_STEPS:
+        code = "7"
+    return f"{code}.1" if name in MORE_DRAWS and method != "linear" else code
 
 
 def latest(runs: list[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
     """The runs of a stage with the defaults of today."""
     return [
-        run for run in runs if run["stage"] == stage and run["code"] == code_of(run["method"]["kind"], run["asked"])
+        run
+        for run in runs
+        if run["stage"] == stage and run["code"] == code_of(run["method"]["kind"], run["asked"], run["set"])
     ]
 
 
@@ -441,20 +462,22 @@ def elsewhere(runs: list[dict[str, Any]]) -> str:
 
 
 def screened(runs: list[dict[str, Any]]) -> str:
-    """A table of every stage that tried settings."""
+    """A table of every stage that tried settings: means over seeds."""
     parts = []
     for stage, title in SCREENED.items():
-        cells: dict[tuple[str, str], str] = {}
+        cells: dict[tuple[str, str], dict[int, float]] = {}  # by seed
+        scored = ""
         for run in (run for run in runs if run["stage"] == stage):
             said = {**run["method"], **run["train"]}
             row = ", ".join([said.pop("kind"), *(f"{name} {value}" for name, value in said.items())])
-            score = run["validation"].get("accuracy")
             if stage == "loras":
                 row += f", {run['examples']} examples"
-            cells[row, run["set"]] = f"{run['validation']['loss']:.3f}" if score is None else f"{100 * score:.1f}"
+            scored = "accuracy" if "accuracy" in run["validation"] else "loss"
+            cells.setdefault((row, run["set"]), {})[run["seed"]] = run["validation"][scored]
         names = [name for name in SETS if any(name == key[1] for key in cells)]
         said_rows = dict.fromkeys(key[0] for key in cells)
-        rows = [[row, *(cells.get((row, name), "") for name in names)] for row in said_rows]
+        said_as = _mean if scored == "accuracy" else _mean_loss
+        rows = [[row, *(said_as([*cells.get((row, name), {}).values()]) for name in names)] for row in said_rows]
         if rows:
             parts.append(record.table([title, *names], rows))
     return "\n\n".join(parts)
@@ -465,6 +488,7 @@ SCREENED = {
     "loras": f"LoRA, {SMALL} and many examples",
     "prefixes": "prefix, many examples",
     "longer": "prefix, twice the epochs",
+    "steps": f"LoRA, {MANY} examples",
     "decoders": f"SmolLM2-135M, {SMALL} pairs at most",
 }
 
@@ -547,6 +571,11 @@ def _seeds_of(runs: list[dict[str, Any]]) -> str:
 def _mean(scores: Sequence[float]) -> str:
     """`71.9 (5)`: the mean in percent, and of how many runs."""
     return f"{100 * statistics.fmean(scores):.1f} ({len(scores)})" if scores else ""
+
+
+def _mean_loss(losses: Sequence[float]) -> str:
+    """`0.719 (5)`: the mean, and of how many runs."""
+    return f"{statistics.fmean(losses):.3f} ({len(losses)})" if losses else ""
 
 
 def _accuracies(found: Found, title: str, names: Sequence[str] = CLASSIFY) -> str:

@@ -186,7 +186,7 @@ def test_a_broken_reader_is_no_missing_set(defaults, tmp_path) -> None:
 def scored(defaults, name: str, method: str, seed: int, right: str) -> dict:
     key = defaults.Job(name, 200, (("kind", method),)).key(seed)
     found = {"key": key, "stage": "confirm", "set": name, "asked": 200, "seed": seed, "right": right}
-    return {**found, "method": {"kind": method}, "code": defaults.code_of(method, 200)}
+    return {**found, "method": {"kind": method}, "code": defaults.code_of(method, 200, name)}
 
 
 def test_a_study_names_what_is_missed_with_its_seeds_and_counts_what_was_not_measured(defaults) -> None:

@@ -83,6 +83,16 @@ def test_few_examples_are_read_more_often(method: str, examples: int, epochs: in
     assert filled(made, tiny.base("bert"), "classify", 10**6) == made  # what was filled in stays
 
 
+@pytest.mark.parametrize(
+    ("method", "outputs", "epochs"), [("lora", 10, 4), ("lora", 11, 8), ("prefix", 150, 5), ("full", 150, 3)]
+)
+def test_lora_reads_the_examples_of_many_classes_more_often(method: str, outputs: int, epochs: int) -> None:
+    on = tiny.base("bert")
+    on.model.config.num_labels = outputs
+    made = filled(Recipe(name="t", base="b", data="t.csv", method=method), on, "classify", 1000)
+    assert made.train.epochs == epochs
+
+
 def test_a_pair_of_texts_is_read_three_times() -> None:
     made = filled(Recipe(name="t", base="b", data="t.csv"), tiny.base("llama", "generate"), "summarize", 200)
     assert made.train.epochs == 3

@@ -49,6 +49,7 @@ class Check:
 
 LARGE_BASE = 1_000_000_000  # parameters; the published LoRA rates hold from here on, the measured ones below
 CLASSIFY = "classify"  # a request that a head answers
+MANY_OUTPUTS = 10  # a classifier with more may need more steps
 FEWEST_STEPS = 20  # no method learns much in fewer
 FEWEST_EPOCHS, MOST_EPOCHS = 3, 20
 Operation = Literal["train", "mix", "import", "export"]
@@ -125,6 +126,7 @@ class Method(BaseModel):
     low_rate: ClassVar[str | None] = None  # measured: the result with a rate for full fine-tuning
     high_rate: ClassVar[tuple[int, str]] = (20, "is likely to diverge")  # (times the default, what happens from there)
     classify_steps: ClassVar[int] = 250  # steps until the loss of a classifier levels off
+    many_outputs_steps: ClassVar[int | None] = None  # if it has more than MANY_OUTPUTS outputs; None: as many
 
     @property
     def summary(self) -> str:
@@ -149,25 +151,29 @@ class Method(BaseModel):
         """The learning rate of a new classifier's head over `rate`; None: 1."""
         return None
 
-    def defaults(self, family_kind: str, request: str, *, parameters: int = 0) -> Defaults:
+    def defaults(self, family_kind: str, request: str, *, parameters: int = 0, outputs: int = 1) -> Defaults:
         """The defaults on an encoder, a decoder or an encoder-decoder with that many parameters.
 
         Args:
             request: what the base is asked for, as `Task.request`.
+            outputs: of the head.
         """
         ratio = self.head_lr_ratio if request == CLASSIFY else None
-        return Defaults(self.rate(family_kind, parameters >= LARGE_BASE), self.steps(request), ratio)
+        return Defaults(self.rate(family_kind, parameters >= LARGE_BASE), self.steps(request, outputs), ratio)
 
-    def steps(self, request: str) -> int:
-        """Steps until the loss levels off."""
-        return self.classify_steps if request == CLASSIFY else FEWEST_STEPS
+    def steps(self, request: str, outputs: int) -> int:
+        """Steps until the loss levels off. outputs: of the head."""
+        if request != CLASSIFY:
+            return FEWEST_STEPS
+        return self.many_outputs_steps or self.classify_steps if outputs > MANY_OUTPUTS else self.classify_steps
 
-    def epochs(self, examples: int, batch_size: int, request: str) -> int:
+    def epochs(self, examples: int, batch_size: int, request: str, outputs: int) -> int:
         """The epochs that give its steps on so many training examples, within bounds.
 
         They do not depend on the base, so that a comparison knows them before anything is loaded.
         """
-        return min(MOST_EPOCHS, max(FEWEST_EPOCHS, epochs_for(self.steps(request), max(1, examples), batch_size)))
+        wanted = epochs_for(self.steps(request, outputs), max(1, examples), batch_size)
+        return min(MOST_EPOCHS, max(FEWEST_EPOCHS, wanted))
 
     def rate_check(self, rate: float, default: float) -> Check:
         """A warning for rates that suit another method; what they cost was measured."""

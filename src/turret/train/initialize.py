@@ -130,7 +130,7 @@ def defaults_of(method: Method, base: Base, task_kind: str, *, parameters: int |
     """
     task = task_of(task_kind)
     count = quantized.count(base.model) if parameters is None else parameters
-    own = method.defaults(base.family.kind, task.request, parameters=count)
+    own = method.defaults(base.family.kind, task.request, parameters=count, outputs=base.model.config.num_labels)
     return replace(own, lr=own.lr * task.rate_ratio)
 
 
@@ -145,7 +145,8 @@ def filled(recipe: Recipe, base: Base, task_kind: str, examples: int) -> Recipe:
     """
     method, train = recipe.method.on(base.family.kind), recipe.train
     own = defaults_of(method, base, task_kind)
-    usual = method.epochs(examples, train.batch_size, task_of(task_kind).request)
+    request, outputs = task_of(task_kind).request, base.model.config.num_labels
+    usual = method.epochs(examples, train.batch_size, request, outputs)
     ratio = None if isinstance(train.lr, float) else own.head_lr_ratio  # a rate in the recipe is also the head's
     update = {"lr": train.lr or own.lr, "epochs": train.epochs or usual, "head_lr_ratio": train.head_lr_ratio or ratio}
     return recipe.model_copy(update={"method": method, "train": train.model_copy(update=update)})

@@ -44,6 +44,7 @@ MOST_EXAMPLES = 10_000  # whose features are computed
 MOST_TRIED = 2_000  # examples of the cross-validation
 FOLDS = 3  # of the cross-validation
 DRAWN_ROWS = 600  # at least this many rows give the solution: with fewer examples each is read several times
+ROWS_PER_OUTPUT = 25  # and at least this many for each output, but no more than MOST_EXAMPLES in all
 PENALTIES = (100.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # in the order in which they are tried
 ITERATIONS = 50  # of L-BFGS
 BETTER = 0.02  # the share by which the mean's loss must be lower
@@ -105,9 +106,9 @@ class HeadStart:
                 learnt = distance(self.features(some), mean, mean.var())
                 said |= {"mean_steps": taught, "mean_loss": float(learnt)}
         self.base.model.train()
-        # With dropout, as in the steps to come: else it outweighs features that hardly vary. Of few examples one draw
-        # is mostly noise, which a solution would fit.
-        draws = draws_of(len(some))
+        # With dropout, as in the steps to come: else it outweighs features that hardly vary. Of few examples, or few of
+        # each class, one draw is mostly noise, which a solution would fit.
+        draws = draws_of(len(some), len(self.layer.weight))
         read = torch.cat([self.features(some, dropout=Draws(slot.seed, draw)) for draw in range(draws)])
         targets = targets.repeat(draws, *(1 for _ in targets.shape[1:]))
         if not bool(torch.isfinite(read).all()):
@@ -136,7 +137,7 @@ class HeadStart:
         started = clock()
         _minimise(features, targets, self.task.loss, 1.0, begin, iterations=1)
         solving = (clock() - started) * ITERATIONS * FOLDS * len(PENALTIES)
-        draws = draws_of(min(count, MOST_EXAMPLES))
+        draws = draws_of(min(count, MOST_EXAMPLES), len(self.layer.weight))
         if not self._may_learn:
             return (1 + draws) * reading + draws * solving
         return (2 + draws) * reading + (1 + draws) * solving + min(2 * steps, STEPS) * step
@@ -240,9 +241,10 @@ def head_start(recipe: Recipe, base: Base, task: Task, items: EncodedRows, most_
     return HeadStart(recipe, base, task, items, most_tokens, layers[0]) if layers else None
 
 
-def draws_of(examples: int) -> int:
+def draws_of(examples: int, outputs: int) -> int:
     """How often each example is read, with another draw of dropout each time, so that there are enough rows."""
-    return -(-DRAWN_ROWS // examples)
+    wanted = max(DRAWN_ROWS, ROWS_PER_OUTPUT * outputs)
+    return max(1, min(-(-wanted // examples), MOST_EXAMPLES // examples))
 
 
 def cross_validated(

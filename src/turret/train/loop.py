@@ -575,7 +575,8 @@ class TrainingRun:
         """The remedy for a training that learnt nothing. It names a setting only if that is not the usual one."""
         recipe, examples = self.recipe, len(self.splits.train)
         rate = self._usual_rate()
-        epochs = recipe.method.epochs(examples, recipe.train.batch_size, self.task.request)
+        outputs = self.base.model.config.num_labels
+        epochs = recipe.method.epochs(examples, recipe.train.batch_size, self.task.request, outputs)
         remedies = []
         if not math.isclose(self.lr, rate):
             remedies.append(f"leave train.lr out (it is {self.lr:g}, usual is {rate:g})")

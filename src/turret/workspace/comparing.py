@@ -171,8 +171,9 @@ def require_few(planned: PlannedDesign) -> None:
 
 def _epochs(row: Candidate, data: Dataset) -> int:
     """The epochs of a row's trainings on all training examples: the recipe's, or the method's own."""
-    train = row.recipe.train
-    return train.epochs or row.recipe.method.epochs(len(data.train), train.batch_size, task_of(data.kind).request)
+    train, task = row.recipe.train, task_of(data.kind)
+    outputs = task.num_labels(data.labels) or 1
+    return train.epochs or row.recipe.method.epochs(len(data.train), train.batch_size, task.request, outputs)
 
 
 def _stored_result(folder: Path, cell: Cell) -> CellResult | None:
