@@ -67,6 +67,7 @@ ERRORS = {
     "token_classification": "The texts with the most wrong spans",
     "questions": "The texts with the most wrong answers",
 }
+LEARNT = ("text_pairs", "score", "questions")  # whose versions are right on every row that they trained on
 PAIRS = [("a great film", "a dull story about the bank"), ("quick", "a lazy fox")]
 
 
@@ -270,6 +271,20 @@ def test_rows_to_label_are_suggested_where_answers_have_probabilities(
     assert written.columns == ("row", *texts, found.label, "predicted", "confidence")
 
 
+def other_answers(source: Path, to: Path) -> str:
+    """A table in which every row has the answers of the row before it, so that a version is wrong on some."""
+    with source.open(newline="") as lines:
+        names, *rows = csv.reader(lines)
+    inputs = sum(name in ("text", "premise", "hypothesis") for name in names)
+    with to.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(names)
+        table.writerows(
+            [*row[:inputs], *before[inputs:]] for row, before in zip(rows, rows[-1:] + rows[:-1], strict=True)
+        )
+    return str(to)
+
+
 @pytest.mark.parametrize("kind", TABLES)
 def test_the_command_line_answers_evaluates_and_writes_a_file(
     house: House, kind: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -280,8 +295,9 @@ def test_the_command_line_answers_evaluates_and_writes_a_file(
     answers = json.loads(capsys.readouterr().out)
     assert len(answers) == (4 if kind in ONE_TEXT else 2)
     source = str(house.recipes[kind].data.source)
+    judged = other_answers(Path(source), tmp_path / "other.csv") if kind in LEARNT else source
     page = tmp_path / "page.html"
-    assert run(["evaluate", name, source, *store, "--json", "--report", str(page)]) == 0
+    assert run(["evaluate", name, judged, *store, "--json", "--report", str(page)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["metrics"]) == METRICS[kind]
     html = page.read_text()
@@ -292,7 +308,7 @@ def test_the_command_line_answers_evaluates_and_writes_a_file(
     assert all(("text_pair" in each) == (kind not in ONE_TEXT) for each in mistakes)
     for called in {"rerank": ("query", "passage")}.get(kind, () if kind in ONE_TEXT else ("first text", "second text")):
         assert f"<dt>{called}</dt>" in html
-    assert run(["evaluate", house.recipes[kind].name, source, *store]) == 0
+    assert run(["evaluate", house.recipes[kind].name, judged, *store]) == 0
     assert (
         f"{ERRORS[kind][0].lower()}{ERRORS[kind][1:]}, {min(5, found['details']['wrong'])}" in capsys.readouterr().out
     )
