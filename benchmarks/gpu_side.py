@@ -50,9 +50,11 @@ def turret(job: Job) -> tuple[Step, Decode | None]:
 
     from turret import adapters, bases
     from turret.adapters.lifecycle import checkpoint_layers
+    from turret.data import Dataset
     from turret.engine.protocol import OptimStep
     from turret.methods import LoRA
     from turret.ops.dropout import Draws
+    from turret.recipe import Task as TaskSettings
     from turret.tasks import make_task
     from turret.train.adamw import AdamW
     from turret.train.batches import EncodedRow
@@ -61,13 +63,10 @@ def turret(job: Job) -> tuple[Step, Decode | None]:
     quantization: Any = "nf4" if job["nf4"] else "none"
     base = bases.load(job["base"], task="generate", device=job["device"], quantization=quantization)
     method = LoRA(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear")
-    if job["decode"]:
-        return (lambda rows: 0.0), _decodes_by_turret(job, base, method)
-    from turret.data import Dataset
-    from turret.recipe import Task as TaskSettings
-
     data = Dataset((), (), (), "generate", (), {}, (), 0, "")
     task = make_task(TaskSettings(kind="generate"), data, base.tokenizer, base.family.kind)
+    if job["decode"]:
+        return (lambda rows: 0.0), _decodes_by_turret(job, base, method, task)
     adapters.attach(base.model, method, generator=torch.Generator().manual_seed(0))
     if job["checkpoint"]:
         checkpoint_layers(base.model)
@@ -85,7 +84,7 @@ def turret(job: Job) -> tuple[Step, Decode | None]:
     return step, None
 
 
-def _decodes_by_turret(job: Job, base: Any, method: Any) -> Decode:
+def _decodes_by_turret(job: Job, base: Any, method: Any, task: Any) -> Decode:
     import torch
 
     from turret import adapters
@@ -101,8 +100,7 @@ def _decodes_by_turret(job: Job, base: Any, method: Any) -> Decode:
     adapters.detach(base.model)
     runner = Runner(base)
     adapter = Adapter(tensors.method, tensors.tensors, {}, base.info, task={})
-    writes: Any = type("Task", (), {"head": "classify", "labels": (), "num_labels": staticmethod(lambda labels: None)})
-    prepare = lambda slot: runner.adapter_pool.prepare(adapter, f"sha256:{slot}", writes)
+    prepare = lambda slot: runner.adapter_pool.prepare(adapter, f"sha256:{slot}", task)
     for slot in range(1, job["adapters"] + 1):
         runner.adapter_pool.mount(slot, prepare(slot))
 

@@ -47,7 +47,7 @@ def main(table: str = "news.csv", text: str = "body", label: str = "section") ->
 
     text = "The striker scored twice in the cup final."
     (answer,) = ws.predict(run.version, [text])
-    print(f"{text} -> {answer['label']} ({answer['probabilities'][answer['label']]:.0%})")
+    print(f"{text} -> {answer['label']} ({max(answer['probabilities'].values()):.0%})")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ PRODUCTS = {  # operation -> where it is written: module, and function
         "experiments/input_drift.py Score.of",
         "experiments/input_drift.py _has",
         "statistics.py sign_flips",
-        "store/difference.py _squared",
+        "store/difference.py _squared_norm",
         "workspace/measure.py nearest.answer",
     },
     "the check of the kernels, and of a device's speed": {
