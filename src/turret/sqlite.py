@@ -140,7 +140,7 @@ class Sqlite:
         """Translate an error of SQLite into one line with a remedy."""
         path = self.path
         if "is full" in reason or ("disk I/O error" in reason and no_room(path)):
-            return f"the disk of {path.parent} is full: free some space and try again; stored versions are intact"
+            return "its disk is full: free some space and try again; stored versions are intact"
         if "disk I/O error" in reason:
             return (
                 f"the disk does not read or write {path.name} ({reason}): check quotas, file-size limits and the "
@@ -150,8 +150,8 @@ class Sqlite:
             return "it is read-only here: give write permission, or use another --store"
         if "unable to open" in reason and no_inodes(path):
             return (
-                f"the disk of {path.parent} has no room for another file (no free inode): remove some files and try "
-                "again; stored versions are intact"
+                "its disk has no room for another file (no free inode): remove some files and try again; stored "
+                "versions are intact"
             )
         if "unable to open" in reason:
             return f"cannot open {path.name}: check that the folder exists and is writable"

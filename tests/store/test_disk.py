@@ -120,7 +120,7 @@ def test_gc_needs_not_a_byte_of_room(small_disk, make_bundle) -> None:
     store.put("a", make_bundle(os.urandom(300_000)))
     store.delete("a@2")
     (disk / "filler").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
-    with pytest.raises(StoreError, match=r"the disk of .* is full"):
+    with pytest.raises(StoreError, match="its disk is full"):
         store.promote("a@1", "production")
     assert store.gc(dry_run=True).bytes > 300_000
     assert Store(store.root).gc().bytes > 300_000
@@ -178,7 +178,7 @@ def test_everything_can_be_read_on_a_disk_without_a_byte_to_spare(small_disk, ma
         Store(disk / "store").rollback("a")
     fill(disk)
     read_all(Store(disk / "store"), tmp_path / "1")
-    with pytest.raises(StoreError, match=r"the disk of .* is full"):
+    with pytest.raises(StoreError, match="its disk is full"):
         Store(disk / "store").promote("a@1", "production")
     read_all(Store(disk / "store"), tmp_path / "2")
 
@@ -252,7 +252,7 @@ def test_without_a_free_inode_a_gc_with_nothing_to_remove_says_nothing(small_dis
 
 def test_a_new_store_on_a_full_disk_says_so(small_disk, make_bundle) -> None:
     disk = small_disk("size=64k")
-    with pytest.raises(StoreError, match=r"disk of .* is full|No space left on device"):
+    with pytest.raises(StoreError, match=r"its disk is full|No space left on device"):
         Store(disk / "store").put("a", make_bundle(os.urandom(10)))
 
 
