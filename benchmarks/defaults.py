@@ -400,9 +400,8 @@ def steps() -> Iterator[Job]:
     epochs = {"emotions": 14, "spam": 9, "similar": 9}  # of about 1,000 steps: these have 607 and 900 examples
     yield from (Job(name, MANY, LORA, (("epochs", epochs.get(name, 8)),)) for name in CLASSIFY)
     for name in TUNED:
-        yield from (
-            Job(name, MANY, LORA, (train,)) for train in (("epochs", 10 if name == "emotions" else 6), ("lr", 2e-3))
-        )
+        yield Job(name, MANY, LORA, (("epochs", 10 if name == "emotions" else 6),))  # about 750 steps
+        yield Job(name, MANY, LORA, (("lr", 2e-3),))
         yield from (Job(name, MANY, wide, train) for train in ((), (("lr", 5e-4),)))
 
 
@@ -476,8 +475,8 @@ def screened(runs: list[dict[str, Any]]) -> str:
             cells.setdefault((row, run["set"]), {})[run["seed"]] = run["validation"][scored]
         names = [name for name in SETS if any(name == key[1] for key in cells)]
         said_rows = dict.fromkeys(key[0] for key in cells)
-        said_as = _mean if scored == "accuracy" else _mean_loss
-        rows = [[row, *(said_as([*cells.get((row, name), {}).values()]) for name in names)] for row in said_rows]
+        how = (100, 1) if scored == "accuracy" else (1, 3)
+        rows = [[row, *(_mean([*cells.get((row, name), {}).values()], *how) for name in names)] for row in said_rows]
         if rows:
             parts.append(record.table([title, *names], rows))
     return "\n\n".join(parts)
@@ -568,14 +567,9 @@ def _seeds_of(runs: list[dict[str, Any]]) -> str:
     return ", ".join(f"{seed} ({count[seed]})" for seed in sorted(count))
 
 
-def _mean(scores: Sequence[float]) -> str:
-    """`71.9 (5)`: the mean in percent, and of how many runs."""
-    return f"{100 * statistics.fmean(scores):.1f} ({len(scores)})" if scores else ""
-
-
-def _mean_loss(losses: Sequence[float]) -> str:
-    """`0.719 (5)`: the mean, and of how many runs."""
-    return f"{statistics.fmean(losses):.3f} ({len(losses)})" if losses else ""
+def _mean(scores: Sequence[float], times: int = 100, digits: int = 1) -> str:
+    """`71.9 (5)`: the mean, by default in percent, and of how many runs."""
+    return f"{times * statistics.fmean(scores):.{digits}f} ({len(scores)})" if scores else ""
 
 
 def _accuracies(found: Found, title: str, names: Sequence[str] = CLASSIFY) -> str:

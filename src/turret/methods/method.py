@@ -71,6 +71,11 @@ def epochs_for(steps: int, examples: int, batch_size: int) -> int:
     return math.ceil(steps / math.ceil(examples / batch_size))
 
 
+def usual_epochs(steps: int, examples: int, batch_size: int) -> int:
+    """The epochs that give a method's steps on so many training examples, within bounds."""
+    return min(MOST_EPOCHS, max(FEWEST_EPOCHS, epochs_for(steps, max(1, examples), batch_size)))
+
+
 @dataclass(frozen=True)
 class Defaults:
     """The settings that a method trains with if the recipe sets none.
@@ -165,15 +170,9 @@ class Method(BaseModel):
         """Steps until the loss levels off. outputs: of the head."""
         if request != CLASSIFY:
             return FEWEST_STEPS
-        return self.many_outputs_steps or self.classify_steps if outputs > MANY_OUTPUTS else self.classify_steps
-
-    def epochs(self, examples: int, batch_size: int, request: str, outputs: int) -> int:
-        """The epochs that give its steps on so many training examples, within bounds.
-
-        They do not depend on the base, so that a comparison knows them before anything is loaded.
-        """
-        wanted = epochs_for(self.steps(request, outputs), max(1, examples), batch_size)
-        return min(MOST_EPOCHS, max(FEWEST_EPOCHS, wanted))
+        if outputs > MANY_OUTPUTS and self.many_outputs_steps is not None:
+            return self.many_outputs_steps
+        return self.classify_steps
 
     def rate_check(self, rate: float, default: float) -> Check:
         """A warning for rates that suit another method; what they cost was measured."""

@@ -17,7 +17,7 @@ from turret.bases import Base
 from turret.engine.protocol import OptimStep
 from turret.errors import AdapterError, TrainingError
 from turret.manifest import Lineage
-from turret.methods.method import Defaults, Method
+from turret.methods.method import Defaults, Method, usual_epochs
 from turret.recipe import Recipe, Train
 from turret.tasks import Task, stored_task, task_of
 from turret.train.adamw import AdamW, require_eight_bits
@@ -145,8 +145,7 @@ def filled(recipe: Recipe, base: Base, task_kind: str, examples: int) -> Recipe:
     """
     method, train = recipe.method.on(base.family.kind), recipe.train
     own = defaults_of(method, base, task_kind)
-    request, outputs = task_of(task_kind).request, base.model.config.num_labels
-    usual = method.epochs(examples, train.batch_size, request, outputs)
+    usual = usual_epochs(own.steps, examples, train.batch_size)
     ratio = None if isinstance(train.lr, float) else own.head_lr_ratio  # a rate in the recipe is also the head's
     update = {"lr": train.lr or own.lr, "epochs": train.epochs or usual, "head_lr_ratio": train.head_lr_ratio or ratio}
     return recipe.model_copy(update={"method": method, "train": train.model_copy(update=update)})

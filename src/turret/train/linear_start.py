@@ -242,9 +242,12 @@ def head_start(recipe: Recipe, base: Base, task: Task, items: EncodedRows, most_
 
 
 def draws_of(examples: int, outputs: int) -> int:
-    """How often each example is read, with another draw of dropout each time, so that there are enough rows."""
+    """How often each example is read, with another draw of dropout each time, so that there are enough rows.
+
+    examples: at most MOST_EXAMPLES.
+    """
     wanted = max(DRAWN_ROWS, ROWS_PER_OUTPUT * outputs)
-    return max(1, min(-(-wanted // examples), MOST_EXAMPLES // examples))
+    return min(-(-wanted // examples), MOST_EXAMPLES // examples)
 
 
 def cross_validated(

@@ -28,6 +28,7 @@ from turret.data import Dataset
 from turret.errors import CheckpointMismatch, Interrupted, LossNotFinite, TrainingError
 from turret.json_types import JsonObject
 from turret.manifest import FlatLossSpec, Lineage
+from turret.methods.method import Defaults, usual_epochs
 from turret.process import StopRequest
 from turret.recipe import Recipe
 from turret.tasks import Task, measuring
@@ -566,7 +567,7 @@ class TrainingRun:
 
     def what_to_change(self) -> str:
         """The remedy for a loss that is not finite, and the last checkpoint."""
-        remedy = f"set train.lr to {min(self._usual_rate(), self.lr / 10):g} (now {self.lr:g})"
+        remedy = f"set train.lr to {min(self._usual().lr, self.lr / 10):g} (now {self.lr:g})"
         if str(self.base.dtype).endswith("float16"):  # or bfloat16
             remedy += ' or train.dtype to "float32"'
         return f"{remedy}; {self._last_checkpoint()}"
@@ -574,9 +575,8 @@ class TrainingRun:
     def _to_learn(self) -> str:
         """The remedy for a training that learnt nothing. It names a setting only if that is not the usual one."""
         recipe, examples = self.recipe, len(self.splits.train)
-        rate = self._usual_rate()
-        outputs = self.base.model.config.num_labels
-        epochs = recipe.method.epochs(examples, recipe.train.batch_size, self.task.request, outputs)
+        usual = self._usual()
+        rate, epochs = usual.lr, usual_epochs(usual.steps, examples, recipe.train.batch_size)
         remedies = []
         if not math.isclose(self.lr, rate):
             remedies.append(f"leave train.lr out (it is {self.lr:g}, usual is {rate:g})")
@@ -584,8 +584,8 @@ class TrainingRun:
             remedies.append(f"leave train.epochs out (it is {self.schedule.epochs}, usual are {epochs})")
         return ", ".join((*remedies, "use more examples, or another method"))
 
-    def _usual_rate(self) -> float:
-        return defaults_of(self.recipe.method, self.base, self.task.kind, parameters=self.total).lr
+    def _usual(self) -> Defaults:
+        return defaults_of(self.recipe.method, self.base, self.task.kind, parameters=self.total)
 
     def how_to_resume(self) -> str:
         """The remedy for a run that the user stopped."""

@@ -29,6 +29,7 @@ from turret.compare.report import write_report
 from turret.compare.results import CellResult
 from turret.data import Dataset
 from turret.errors import RecipeError
+from turret.methods.method import usual_epochs
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.tasks import task_of
@@ -172,8 +173,8 @@ def require_few(planned: PlannedDesign) -> None:
 def _epochs(row: Candidate, data: Dataset) -> int:
     """The epochs of a row's trainings on all training examples: the recipe's, or the method's own."""
     train, task = row.recipe.train, task_of(data.kind)
-    outputs = task.num_labels(data.labels) or 1
-    return train.epochs or row.recipe.method.epochs(len(data.train), train.batch_size, task.request, outputs)
+    steps = row.recipe.method.steps(task.request, task.num_labels(data.labels) or 1)
+    return train.epochs or usual_epochs(steps, len(data.train), train.batch_size)
 
 
 def _stored_result(folder: Path, cell: Cell) -> CellResult | None:
