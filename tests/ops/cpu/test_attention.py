@@ -148,6 +148,7 @@ def test_a_nan_in_one_row_stays_in_that_row() -> None:
     "method", [LoRA(lora_dropout=0.0, target_modules="all-linear"), LoRA(lora_dropout=0.0), Prefix()]
 )
 def test_a_model_trains_alike_with_and_without_kernels(family: str, method: LoRA | Prefix) -> None:
+    torch.manual_seed(0)  # one draw in a thousand has an input of T5's ReLU so near 0 that rounding decides
     classify = family in ("bert", "modernbert")
     model = attach(build(family, "classify" if classify else "generate"), method)
     model.eval()  # no dropout of the base; gradients are still computed

@@ -8,7 +8,7 @@
 #include <time.h>
 
 #define SERIAL 8192      /* elements below which a second thread does not pay */
-#define FEW 128          /* most tokens of `linear` */
+#define FEW 256          /* most tokens of `linear` */
 #define TILED 24         /* tokens of a span from which packing its factors for tiles pays */
 #define HIDDEN (-1e30f)  /* the score of a hidden key; its probability becomes zero */
 
@@ -220,6 +220,7 @@ void wake(int threads);
 #endif
 #if TILES
 #define MANY low_rank_tiles
+#define BY_TILES
 #endif
 #include "low_rank.inc.c"
 #include "step.inc.c"
@@ -227,9 +228,9 @@ void wake(int threads);
 #include "lora.inc.c"
 
 /* The most tokens for `linear`, up to FEW; 0 without wide enough vectors. For more tokens a library that packs its matrices is as
-   fast. With tiles the limit is lower: products are so fast that only memory traffic can be saved. */
-long linear_up_to_float32(void) { return ACROSS > 4 ? FEW : 0; }
-long linear_up_to_bfloat16(void) { return TILES ? 16 : WIDTH == 32 ? 64 : 0; }
+   fast. */
+long linear_up_to_float32(void) { return ACROSS > 4 ? 128 : 0; }
+long linear_up_to_bfloat16(void) { return TILES ? FEW : WIDTH == 32 ? 64 : 0; }
 
 /* Ends the helper threads of the calling thread. GNU's runtime counts all helpers of a process: if there are more than
    processors, none of them waits awake, and every parallel region begins with a system call that wakes them. */

@@ -376,6 +376,29 @@ static void product_tiles(float *c, long ldc, const bfloat16 *a, long lda, const
         }
 }
 
+#define LEAD 96 /* columns by which the prefetch of a frozen matrix is ahead */
+
+/* C (32, n) = W (32, k) X^T: 32 rows of a frozen matrix, read in place, by packed x, (k / 2, n) pairs; 16 tokens, or 32 if `broad`.
+   Prefetches W, and at its end the rows at `soon`. */
+static inline __attribute__((always_inline)) void product_rows(float *c, const bfloat16 *w, const bfloat16 *x, long n, long k, const int broad, const bfloat16 *soon)
+{
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    for (long e = 0; e < k; e += 32) {
+        const bfloat16 *coming = e + LEAD < k ? w + e + LEAD : soon + e + LEAD - k;
+        for (long i = 0; soon && i < 32; i++) __builtin_prefetch(coming + i * k, 0, 3);
+        _tile_loadd(4, w + e, k * 2);
+        _tile_loadd(5, w + 16 * k + e, k * 2);
+        _tile_loadd(6, x + e * n, n * 4);
+        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(2, 5, 6);
+        if (!broad) continue;
+        _tile_loadd(7, x + e * n + 32, n * 4);
+        _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, n * 4); _tile_stored(2, c + 16 * n, n * 4);
+    if (!broad) return;
+    _tile_stored(1, c + 16, n * 4); _tile_stored(3, c + 16 * n + 16, n * 4);
+}
+
 /* y += (x A^T) B for bfloat16, 32 tokens at a time, with packed factors. all: tokens of x, the limit of reads. Returns 0, and
    computes nothing, if a size is no multiple of 32. */
 static int low_rank_tiles(const bfloat16 *x, bfloat16 *y, const bfloat16 *a, const bfloat16 *b, long start, long tokens,

@@ -79,6 +79,37 @@ static inline __attribute__((always_inline)) void NAME(by_tokens)(float *to, con
 }
 #endif
 
+#ifdef BY_TILES
+/* The same by tiles, in which a row of W meets 16 tokens in the time of one. x is packed for them, with zeros for the tokens that
+   fill the last tile. A token's sum has one order, however many tokens there are. */
+#define FILLED(tokens) ((tokens) > 16 ? ROUND(tokens) : 16)
+
+/* (D_in / 2, FILLED) pairs, and room for sums (OUTPUTS, FILLED) at `sums`; 0 if D_in is no multiple of 32, or without memory */
+static T *NAME(packed)(const T *x, long tokens, long d_in, float **sums)
+{
+    long n = FILLED(tokens);
+    char *room = d_in % 32 ? 0 : scratch(sizeof(T) * 2 * n * d_in + sizeof(float) * OUTPUTS * n), *next = room;
+    if (!room) return 0;
+    T *to = CUT(T, n * d_in), *filled = CUT(T, n * d_in);
+    *sums = CUT(float, OUTPUTS * n);
+    memcpy(filled, x, sizeof(T) * tokens * d_in);
+    memset(filled + tokens * d_in, 0, sizeof(T) * (n - tokens) * d_in);
+    transposed_words(to, n, filled, d_in / 2, n, d_in / 2);
+    return to;
+}
+
+/* OUTPUTS rows of W. Prefetches the rows that follow. */
+static void NAME(by_tiles)(float *to, float *sums, const T *packed, const T *rows, long tokens, long d_in)
+{
+    long n = FILLED(tokens);
+    const T *soon = rows + OUTPUTS * d_in;
+    if (n == 16) product_rows(sums, rows, packed, n, d_in, 0, soon);
+    else
+        for (long t = 0; t < n; t += 32) product_rows(sums + t, rows, packed + 2 * t, n, d_in, 1, t ? 0 : soon);
+    transposed_words(to, OUTPUTS, sums, n, OUTPUTS, n);
+}
+#endif
+
 static inline int NAME(factors)(const struct spans *spans, long i, long layer, const T **a, const T **b)
 {
     const uint64_t *both = spans->factors + 2 * (i * spans->layers + layer);
@@ -138,14 +169,23 @@ static void NAME(multiply)(const struct NAME(products) *now, const T *x, long to
         for (long k = 0; k < d_in; k += 64)
             if (turned) NAME(turned)(turned, x, tokens, d_in, k, k + 64 < d_in ? k + 64 : d_in);
 #endif
+#ifdef BY_TILES
+        float *tile_sums;
+        T *packed = NAME(packed)(x, tokens, d_in, &tile_sums); /* by each thread: to wait for one of them takes as long */
+        struct tile_config before;
+        if (packed) begin_tiles(&before);
+#endif
         if (h) {
 #pragma omp for schedule(static)
-            for (long i = 0; i < spans->count; i++) {
-                for (long p = 0; p < now->count; p++) {
-                    const T *a, *b;
-                    if (!NAME(factors)(spans, i, now->of[p]->number, &a, &b)) continue;
-                    NAME(hidden)(h + (p * tokens + spans->starts[i]) * most, most, x + spans->starts[i] * d_in, a,
-                                 spans->ends[i] - spans->starts[i], d_in, spans->ranks[i]);
+            for (long first = 0; first < tokens; first += ROWS) { /* a few tokens at a time: one span may have all of them */
+                for (long i = 0; i < spans->count; i++) {
+                    long from = spans->starts[i] > first ? spans->starts[i] : first;
+                    long end = spans->ends[i] < first + ROWS ? spans->ends[i] : first + ROWS;
+                    for (long p = 0; from < end && p < now->count; p++) {
+                        const T *a, *b;
+                        if (!NAME(factors)(spans, i, now->of[p]->number, &a, &b)) continue;
+                        NAME(hidden)(h + (p * tokens + from) * most, most, x + from * d_in, a, end - from, d_in, spans->ranks[i]);
+                    }
                 }
             }
         }
@@ -158,12 +198,22 @@ static void NAME(multiply)(const struct NAME(products) *now, const T *x, long to
             T *y = now->y[p];
             long d_out = m->d_out, first = place * OUTPUTS, own = d_out - first < OUTPUTS ? d_out - first : OUTPUTS;
             float sums[FEW][OUTPUTS];
+            int tiled = 0;
+#ifdef BY_TILES
+            tiled = packed && own == OUTPUTS;
+#endif
             for (long r = 0; r < own;) {
                 const T *rows = w + (first + r) * d_in, *a, *b;
                 float *to = &sums[0][r];
-                for (long i = r / RANKS; h && i < spans->count; i += OUTPUTS / RANKS) /* prefetch B of some spans for the end of the block */
+                for (long i = r / RANKS; h && i < spans->count; i += tiled ? 1 : OUTPUTS / RANKS) /* prefetch B of some spans for the end of the block */
                     if (NAME(factors)(spans, i, m->number, &a, &b))
                         for (long e = 0; e < spans->ranks[i]; e++) ahead(b + e * d_out + first, sizeof(T) * own);
+#ifdef BY_TILES
+                if (tiled) {
+                    NAME(by_tiles)(to, tile_sums, packed, rows, tokens, d_in);
+                    break;
+                }
+#endif
 #ifdef BY_TOKENS
                 if (turned) {
                     long broad = own - r < 6 ? 1 : tokens > ACROSS || own - r < 8 ? 6 : 8;
@@ -195,6 +245,10 @@ static void NAME(multiply)(const struct NAME(products) *now, const T *x, long to
                 for (; j < own; j++) y[t * d_out + first + j] = STORE(sums[t][j]);
             }
         }
+#ifdef BY_TILES
+        if (packed) end_tiles(&before);
+        free(packed);
+#endif
     }
     free(h);
 #ifdef BY_TOKENS
