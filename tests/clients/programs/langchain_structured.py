@@ -31,8 +31,9 @@ responses = model("base", use_responses_api=True)
 for method in ("json_schema", "function_calling"):
     got = responses.with_structured_output(Review, method=method).invoke("a great film")
     told["structured"][f"{method}, responses"] = got.model_dump()
-required = model("base").bind_tools([Review], tool_choice="required").invoke("a great film")
-told["required"] = [call["args"] for call in required.tool_calls]
+for name, strict in (("required", True), ("required, with keys of its own", None)):
+    required = model("base").bind_tools([Review], tool_choice="required", strict=strict).invoke("a great film")
+    told[name] = [call["args"] for call in required.tool_calls]
 caller = model("caller").bind_tools([Review])
 asked = HumanMessage("a great film")
 answer = caller.invoke([asked])
