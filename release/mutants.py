@@ -40,13 +40,24 @@ class Target:
 
 IN_FOLDER = "not url"  # the store in a folder alone: its logic is the same on PostgreSQL, and a mutant takes seconds
 TARGETS = {
-    "lora": Target("adapters/lora.py", ("adapters/test_lora.py", "adapters/test_start.py")),
+    "lora": Target(
+        "adapters/lora.py",
+        ("adapters/test_lora.py", "adapters/test_start.py", "adapters/test_through_peft.py"),
+    ),
     "hooks": Target("adapters/hooks.py", ("adapters/test_prefix.py", "engine/test_mixtures.py")),
     "alias-history": Target(
         "store/aliases.py", ("store/test_aliases.py", "store/test_tenants.py", "store/test_verify.py"), IN_FOLDER
     ),
-    "e-process": Target("statistics.py", ("experiments/test_e_process.py", "experiments/test_evidence.py")),
-    "verdicts": Target("compare/verdict.py", ("compare/test_report.py", "compare/test_evidence.py")),
+    "statistics": Target(
+        "statistics.py",
+        (
+            *("experiments/test_e_process.py", "experiments/test_evidence.py", "experiments/test_checks.py"),
+            *("experiments/test_risk_control.py", "compare/test_evidence.py", "compare/test_power.py"),
+        ),
+    ),
+    "verdicts": Target(
+        "compare/verdict.py", ("compare/test_report.py", "compare/test_evidence.py", "compare/test_power.py")
+    ),
     "limits": Target(
         "server/limits.py", ("server/test_limits.py", "server/test_quotas.py", "server/test_replicas.py"), IN_FOLDER
     ),

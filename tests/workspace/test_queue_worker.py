@@ -529,11 +529,12 @@ class TestFleet:
         self, machine, start, tmp_path
     ) -> None:
         workspace = Workspace(machine("desk"))
-        run = workspace.queue.submit(recipe_in(tmp_path, **STEPS))["id"]
+        run = workspace.queue.submit(recipe_in(tmp_path, **STEPS | {"train.epochs": "100"}))["id"]
         first = start(machine("one"))
         until(checkpointed(workspace, run))
         os.kill(first.pid, signal.SIGKILL)
         time.sleep(3)  # its training ends, because its worker did
+        assert workspace.run(run)["state"] != "finished"
         forget_machine(machine("one"))
         time.sleep(1.5 * float(SECONDS))  # until its lease has ended, nothing is due
         second = start(machine("two"), "--until-empty")
