@@ -42,7 +42,10 @@ IN_FOLDER = "not url"  # the store in a folder alone: its logic is the same on P
 TARGETS = {
     "lora": Target(
         "adapters/lora.py",
-        ("adapters/test_lora.py", "adapters/test_start.py", "adapters/test_through_peft.py"),
+        (
+            *("adapters/test_lora.py", "adapters/test_start.py", "bundles/test_mixing.py"),
+            *("bundles/test_trained_whole.py", "exchange/test_other_methods.py"),
+        ),
     ),
     "hooks": Target("adapters/hooks.py", ("adapters/test_prefix.py", "engine/test_mixtures.py")),
     "alias-history": Target(
