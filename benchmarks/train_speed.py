@@ -160,7 +160,7 @@ def measure_quality(options: argparse.Namespace, folder: Path) -> None:
     """Every job, seed and side that is not kept yet; the seed draws the examples and starts the weights.
 
     LoRA and its head start from the same numbers on both sides; a prefix does not, since each side's own start is part
-    of what is compared. Jobs that only one of the scored sides can do are left out.
+    of what is compared. A job is left out if one of the scored sides cannot do it.
     """
     for name in options.jobs:
         job = JOBS[name]

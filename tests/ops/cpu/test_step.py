@@ -13,7 +13,7 @@ from turret.ops.cpu.compiled import CachedKVArguments
 @needed
 @BOTH
 @pytest.mark.parametrize("sizes", [(32, 64), (576, 1536), (37, 41), (1, 1), (40, 3), (384, 18)])
-@pytest.mark.parametrize("tokens", [1, 2, 4, 7, 16, 17, 61, 128, 200])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 7, 8, 16, 17, 61, 128, 200])
 def test_linear_equals_torchs_product_and_a_token_does_not_depend_on_others(
     dtype: torch.dtype, sizes: tuple[int, int], tokens: int
 ) -> None:

@@ -94,7 +94,7 @@ static T *NAME(packed)(const T *x, long tokens, long d_in, float **sums)
     *sums = CUT(float, OUTPUTS * n);
     memcpy(filled, x, sizeof(T) * tokens * d_in);
     memset(filled + tokens * d_in, 0, sizeof(T) * (n - tokens) * d_in);
-    transposed_words(to, n, filled, d_in / 2, n, d_in / 2);
+    right_of_transposed_pairs(to, filled, n, d_in);
     return to;
 }
 
@@ -115,6 +115,15 @@ static inline int NAME(factors)(const struct spans *spans, long i, long layer, c
     const uint64_t *both = spans->factors + 2 * (i * spans->layers + layer);
     *a = (const T *)(uintptr_t)both[0], *b = (const T *)(uintptr_t)both[1];
     return *a != 0;
+}
+
+/* Prefetches, for the end of a block, `own` columns of B from `first` on: of every `step`th span from `i` on */
+static inline void NAME(ahead_of_spans)(const struct spans *spans, long i, long step, long layer, long first, long own, long d_out)
+{
+    const T *a, *b;
+    for (; i < spans->count; i += step)
+        if (NAME(factors)(spans, i, layer, &a, &b))
+            for (long e = 0; e < spans->ranks[i]; e++) ahead(b + e * d_out + first, sizeof(T) * own);
 }
 
 /* sums (N, OUTPUTS) += h B of every span, for `own` columns of B from `first` on. h: (N, most) */
@@ -198,22 +207,18 @@ static void NAME(multiply)(const struct NAME(products) *now, const T *x, long to
             T *y = now->y[p];
             long d_out = m->d_out, first = place * OUTPUTS, own = d_out - first < OUTPUTS ? d_out - first : OUTPUTS;
             float sums[FEW][OUTPUTS];
-            int tiled = 0;
+            long r = 0;
 #ifdef BY_TILES
-            tiled = packed && own == OUTPUTS;
+            if (packed && own == OUTPUTS) {
+                if (h) NAME(ahead_of_spans)(spans, 0, 1, m->number, first, own, d_out);
+                NAME(by_tiles)(&sums[0][0], tile_sums, packed, w + first * d_in, tokens, d_in);
+                r = own;
+            }
 #endif
-            for (long r = 0; r < own;) {
-                const T *rows = w + (first + r) * d_in, *a, *b;
+            while (r < own) {
+                const T *rows = w + (first + r) * d_in;
                 float *to = &sums[0][r];
-                for (long i = r / RANKS; h && i < spans->count; i += tiled ? 1 : OUTPUTS / RANKS) /* prefetch B of some spans for the end of the block */
-                    if (NAME(factors)(spans, i, m->number, &a, &b))
-                        for (long e = 0; e < spans->ranks[i]; e++) ahead(b + e * d_out + first, sizeof(T) * own);
-#ifdef BY_TILES
-                if (tiled) {
-                    NAME(by_tiles)(to, tile_sums, packed, rows, tokens, d_in);
-                    break;
-                }
-#endif
+                if (h) NAME(ahead_of_spans)(spans, r / RANKS, OUTPUTS / RANKS, m->number, first, own, d_out); /* some at a time */
 #ifdef BY_TOKENS
                 if (turned) {
                     long broad = own - r < 6 ? 1 : tokens > ACROSS || own - r < 8 ? 6 : 8;
