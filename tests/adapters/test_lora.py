@@ -13,6 +13,7 @@ from marks import pairs
 from peft_twins import adapter_from, lora_twin, require_the_same_gradients
 from small_models import FAMILIES, build
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from turret.adapters import (
     attach,
@@ -25,7 +26,7 @@ from turret.adapters import (
 )
 from turret.adapters.adapter import Adapter
 from turret.adapters.batch_context import BatchContext
-from turret.adapters.lora import LoRAFactors
+from turret.adapters.lora import LoRAFactors, ScaledLayer
 from turret.errors import AdapterError, RecipeError
 from turret.methods import LoRA, Peft
 from turret.ops.core import REFERENCE
@@ -174,6 +175,37 @@ def test_only_the_adapter_and_its_head_are_trained() -> None:
     names = trainable_parameters(model)
     assert all("slots.1" in name for name in names)
     assert any("pre_classifier" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    "parts", [("factors",), ("input",), ("output",), ("shift",), ("factors", "input", "output", "shift")]
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_merged_layer_is_the_layer_with_its_change(parts: tuple[str, ...], transposed: bool) -> None:
+    torch.manual_seed(3)
+    layer = Conv1D(5, 3) if transposed else nn.Linear(3, 5)
+    nn.init.normal_(layer.bias)
+    every = {
+        "factors": (torch.randn(2, 3), torch.randn(5, 2)),
+        "input": torch.randn(3),
+        "output": torch.randn(5),
+        "shift": torch.randn(5),
+    }
+    change = ScaledLayer(**{part: every[part] for part in parts})
+    x = torch.randn(4, 3)
+
+    merged = torch.func.functional_call(layer, change.merged_parameters(layer), x)
+    # the change is LoRA's, IA3's and DoRA's: what multiplies the output multiplies the base's bias too
+    torch.testing.assert_close(merged, change(layer, x), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(merged, layer(x), atol=1e-2)
+    assert [t.tolist() for t in change.to(torch.device("cpu")).tensors] == [t.tolist() for t in change.tensors]
+
+
+def test_a_layer_without_a_bias_takes_what_needs_none() -> None:
+    layer = nn.Linear(3, 5, bias=False)
+    assert ScaledLayer(output=torch.ones(5)).merged_parameters(layer).keys() == {"weight"}
+    with pytest.raises(AdapterError, match="has no bias to merge a trained one into: export it unmerged"):
+        ScaledLayer(shift=torch.ones(5)).merged_parameters(layer)
 
 
 def test_a_target_that_is_not_there_is_named_with_those_that_are() -> None:

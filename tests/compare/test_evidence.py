@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from turret.compare.verdict import components, interval, judge, mcnemar, rate
-from turret.statistics import sign_flips, sign_test
+from turret.statistics import sign_flips, sign_test, smallest
 
 Grow = Callable[[int, int], np.ndarray]
 
@@ -58,6 +58,29 @@ def verdicts(repeats: int, seeds: int, examples: int, difference: float, margin:
         d = simulated(rng, seeds, examples, difference, **more)
         said[judge(d, margin, rng, resamples=500).word] += 1 / repeats
     return said
+
+
+def test_a_draw_as_extreme_as_the_sample_is_never_more_likely_than_certain() -> None:
+    rng = np.random.default_rng(0)
+    assert (
+        sign_flips(np.ones(60), rng, 999) == 1 / 1000
+    )  # of 2^60 signs only two are as extreme: the sample alone counts
+    assert sign_flips(np.array([1.0, -1.0]), rng, 999) == 1.0
+    assert sign_flips(np.array([0.3]), rng, 1200) == 1.0  # every sign is as extreme, in each of the three parts
+
+
+@given(st.integers(1, 5000), st.sampled_from([0.0, 0.02, 0.3]))
+def test_the_smallest_number_is_found_within_its_share(wanted: int, within: float) -> None:
+    found = smallest(lambda number: number >= wanted, within=within)
+    assert found is not None
+    assert wanted <= found <= max(wanted, wanted * (1 + within) / (1 - within))
+
+
+def test_no_number_up_to_the_most_is_none() -> None:
+    tried: list[int] = []
+    assert smallest(lambda number: bool(tried.append(number)), most=100) is None
+    assert tried == [1, 2, 4, 8, 16, 32, 64]
+    assert smallest(lambda number: number >= 64, most=100) == 64
 
 
 @pytest.mark.parametrize(("seeds", "luck"), [(2, 0.01), (5, 0.02)])

@@ -169,6 +169,22 @@ def test_advice_has_no_more_digits_than_an_estimate_has() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("within", "as good as full within 2 points (-0.5 points, 95% interval -1.5 to +0.5)"),
+        ("better", "better than full (-0.5 points, 95% interval -1.5 to +0.5)"),
+        ("worse", "worse than full by more than 2 points (-0.5 points, 95% interval -1.5 to +0.5)"),
+        (
+            "undecided",
+            "undecided against full (-0.5 points, 95% interval -1.5 to +0.5): about 3 more seeds would settle it",
+        ),
+    ],
+)
+def test_each_verdict_has_its_sentence(word, said) -> None:
+    assert Verdict(word, Interval(-0.5, -1.5, 0.5), 2, 2, 500, 0.1, more_seeds=3).sentence("full") == said
+
+
 def test_no_interval_leaves_what_a_difference_can_be() -> None:
     """Two seeds, a class with three examples: a t of one degree of freedom would say -316 to +298."""
     d = np.array([[1.0, 1.0, 1.0], [-1.0, -1.0, 0.0]])

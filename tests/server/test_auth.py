@@ -92,7 +92,7 @@ def test_an_authorization_that_is_no_known_token_is_401(serve, workspace) -> Non
 def test_an_authorization_of_another_form_is_said_to_be_unreadable(serve, workspace) -> None:
     workspace.tokens.create("reader")
     client = serve().client()
-    for said in ("Bearer", "Basic abc", "Bearer " + "x" * 257):
+    for said in ("Bearer", "Basic abc", "Digest abc", "Bearer " + "x" * 257):
         assert "expected Bearer TOKEN" in client.get("/v1/models", headers={"authorization": said}).text, said
 
 

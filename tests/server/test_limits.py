@@ -186,6 +186,8 @@ def test_a_body_has_the_limit_of_its_route(serve, put) -> None:
         got = [each.status_code for each in asked]
         assert got[0] != 413, (path, got)
         assert got[1] == 413, (path, got)
+        remedy = "send the inputs in several requests" if most == 4 << 20 else "shorten it"
+        assert f"more than {most} bytes: {remedy}" in asked[1].text, path
 
 
 def test_a_wrong_content_type_is_415(serve, put) -> None:

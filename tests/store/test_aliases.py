@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from store import by_hand
 
+from turret import audit
 from turret.errors import BadReference, Corrupt, InUse, NotFound
 from turret.store import Store
 from turret.workspace import Workspace
@@ -66,6 +67,17 @@ def test_repeated_rollbacks_walk_further_back_and_a_promote_starts_a_new_line(st
     with pytest.raises(NotFound, match="nothing to roll back to: a@production names a@1 and named nothing before"):
         store.rollback("a")
     assert named(store) == "a@1"
+
+
+def test_a_move_leaves_the_same_alias_of_other_adapters(store, put) -> None:
+    for name in ("a", "b", "c"):
+        put(name), put(name)
+        store.promote(f"{name}@1", "production")
+    store.promote("b@2", "production")
+    assert [str(store.resolve(f"{name}@production")) for name in "abc"] == ["a@1", "b@2", "c@1"]
+    with store.database().reading() as connection:
+        newest = audit.read(connection)[0]
+    assert (newest.what, newest.before, newest.after) == ("b@production", {"version": 1}, {"version": 2})
 
 
 def test_the_history_keeps_every_move_with_its_verb(store, put) -> None:
