@@ -504,7 +504,7 @@ def transactions(whole: Any, options: argparse.Namespace) -> dict[str, Callable[
 
     def experiments(number: int) -> None:
         with owners[number % 100].database().reading() as connection:
-            rows.all_running(connection)
+            rows.running_experiments(connection)
 
     def guards(_: int) -> None:
         database.writable()

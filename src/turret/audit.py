@@ -60,7 +60,7 @@ def record(
     connection.execute(insert(audit).values(**row, adapter=name, before=before, after=after))
 
 
-def read(
+def read_actions(
     connection: Connection,
     *,
     since: str | None = None,

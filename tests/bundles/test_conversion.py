@@ -13,7 +13,7 @@ import torch
 from batches import padded, rows
 
 from turret import adapters, bundles
-from turret.bundles.conversion import Converted, as_lora, needed
+from turret.bundles.conversion import Converted, as_lora, needs_conversion
 from turret.errors import BundleError
 from turret.families import FAMILIES
 
@@ -78,7 +78,7 @@ def answers(folder: Path, family: str = "bert") -> tuple[torch.Tensor, torch.Ten
 @pytest.mark.parametrize("kind", EXACT)
 def test_what_is_a_lora_is_converted_exactly(kind: str, tmp_path: Path) -> None:
     folder = folder_of(EXACT[kind], tmp_path / "given")
-    assert needed(json.loads((folder / "adapter_config.json").read_text()))
+    assert needs_conversion(json.loads((folder / "adapter_config.json").read_text()))
     found = converted(folder, tmp_path / "lora")
     assert found.deviation < 1e-5
     theirs = peft.PeftModel.from_pretrained(small_models.build("bert", "classify"), str(folder)).eval()
@@ -114,7 +114,7 @@ def test_a_conversion_that_cuts_too_much_is_refused_with_a_remedy(tmp_path: Path
 
 def test_what_is_no_low_rank_change_is_refused_with_a_sentence_that_helps(tmp_path: Path) -> None:
     turned = folder_of(lambda: peft.OFTConfig(target_modules=TARGETS, oft_block_size=4), tmp_path / "given")
-    assert not needed(json.loads((turned / "adapter_config.json").read_text()))
+    assert not needs_conversion(json.loads((turned / "adapter_config.json").read_text()))
     with pytest.raises(BundleError, match="OFT cannot be a LoRA: it rotates whole layers; train it again as LoRA"):
         converted(turned, tmp_path / "lora")
 

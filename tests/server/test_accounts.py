@@ -17,7 +17,7 @@ import pytest
 from command_line import typed
 
 from turret.access import Access
-from turret.audit import read as actions
+from turret.audit import read_actions as actions
 from turret.errors import StoreError
 from turret.store import usage
 from turret.workspace import Workspace
@@ -28,7 +28,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.enviro
 
 
 def counted(workspace: Workspace) -> dict[str, tuple[int, int, int, int]]:
-    found = usage.read(workspace.store.database())
+    found = usage.read_usage(workspace.store.database())
     return {each.adapter: (each.requests, each.answers, each.prompt_tokens, each.completion_tokens) for each in found}
 
 
@@ -87,7 +87,7 @@ def test_what_cannot_be_written_is_kept_and_written_once(workspace, put) -> None
     away[0] = False
     log.flush()
     log.flush()
-    assert [each.as_json() for each in usage.read(database)] == [
+    assert [each.as_json() for each in usage.read_usage(database)] == [
         {"tenant": "default", "adapter": "a", "day": "1970-01-01", "requests": 2, "answers": 2, "prompt_tokens": 4,
          "completion_tokens": 6}
     ]  # fmt: skip

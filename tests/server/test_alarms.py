@@ -106,7 +106,7 @@ def test_a_broken_promise_is_told_once_with_two_servers_on_one_store(workspace, 
     assert told["at"] <= time.strftime("%Y-%m-%dT%H:%M:%S~", time.gmtime())
     assert SIGNATURE not in headers
     with workspace.store.database().reading() as connection:
-        assert audit.read(connection)[0].verb == told["kind"]
+        assert audit.read_actions(connection)[0].verb == told["kind"]
     figures = "".join(each.client().get("/metrics").text for each in running)
     assert figures.count("turret_alarms_sent 1.0") == 1
     assert figures.count("turret_alarms_waiting 0.0") == 2

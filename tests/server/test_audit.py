@@ -16,7 +16,7 @@ from server.walk import every_route
 from store.bundles import tensors, write_bundle
 
 from turret.access import Access
-from turret.audit import read as actions
+from turret.audit import read_actions as actions
 from turret.server import app as server_app
 from turret.server.auth import READS
 from turret.server.routes import router

@@ -277,7 +277,7 @@ def test_a_batch_goes_on_after_a_kill(workspace, put, until) -> None:
 
 def asked(workspace: Any) -> int:
     """The requests that were counted."""
-    return sum(each.requests for each in usage.read(workspace.store.database(make=True)))
+    return sum(each.requests for each in usage.read_usage(workspace.store.database(make=True)))
 
 
 @pytest.fixture(params=["folder", "url"])

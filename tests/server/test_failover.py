@@ -67,7 +67,7 @@ def test_postgresql_restarts_in_transactions_and_every_line_and_answer_is_counte
         for _, process in programs:
             process.terminate()
         assert [process.wait(timeout=60) for _, process in programs] == [0, 0]
-    counted = sum(each.answers for each in usage.read(workspace.store.database()))
+    counted = sum(each.answers for each in usage.read_usage(workspace.store.database()))
     assert answered[200] > 100
     assert counted == answered[200] + 2 * LINES
     assert workspace.store.verify().problems == ()

@@ -75,7 +75,7 @@ def test_texts_that_are_unlike_the_examples_warn_and_change_nothing(workspace, p
     page = client.get("/adapters/a/1").text
     assert "have drifted since" in page
     with workspace.store.database().reading() as connection:
-        assert [each.verb for each in audit.read(connection)].count("promise drift") == 1
+        assert [each.verb for each in audit.read_actions(connection)].count("promise drift") == 1
     until(lambda: receiver.got, 20)
     (told, _, _), *more = receiver.got
     assert (told["kind"], told["version"], told["did"], more) == ("promise drift", "a@1", "nothing but this alarm", [])

@@ -119,7 +119,7 @@ def test_a_broken_promise_is_seen_and_acted_on(workspace, put, serve, when_broke
     assert tell(client, [(f"{receipt}#{number}", 0) for number in range(40)]) == ["counted"] * 40
     until(lambda: 'turret_promise_breaks{adapter="a@2"} 1.0' in client.get("/metrics").text)
     with workspace.store.database().reading() as connection:
-        verbs = [each.verb for each in audit.read(connection)]
+        verbs = [each.verb for each in audit.read_actions(connection)]
     assert verbs.count("promise broken") == 1
     assert any(line["event"] == "promise" for line in running.log())
     page = client.get("/adapters/a/2").text

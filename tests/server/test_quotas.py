@@ -195,4 +195,4 @@ def test_every_route_that_works_for_a_token_takes_from_its_quota_and_is_counted_
 def requests(running) -> int:
     """All requests that usage has counted."""
     running.served.usage.flush()
-    return sum(each.requests for each in usage.read(running.workspace.store.database()))
+    return sum(each.requests for each in usage.read_usage(running.workspace.store.database()))

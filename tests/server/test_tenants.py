@@ -309,9 +309,11 @@ def test_a_server_asks_its_store_no_more_for_many_tenants_than_for_one(
     owner.promote("news@1", "production")
     until(lambda: moved.aliases.version_of("news", None) == 1)
     owner.experiment("news").start(["news@2"], unit="request")
-    until(lambda: [str(each) for each in moved.routing.router.all_running()] == ["news#1"])
+    until(lambda: [str(each) for each in moved.routing.router.running_experiments()] == ["news#1"])
     assert len(statements) < 2 * alone + len(many), "a move of one tenant is read for all"
-    assert not any(each.routing.router.all_running() or each.aliases.version_of("news", None) for each in others)
+    assert not any(
+        each.routing.router.running_experiments() or each.aliases.version_of("news", None) for each in others
+    )
 
 
 def test_equal_bytes_of_two_tenants_are_loaded_pinned_and_unloaded_apart(serve, workspace, put_for) -> None:

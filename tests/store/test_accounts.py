@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import Engine, event, select, text
 
 from turret.access import Access
-from turret.audit import read as actions
+from turret.audit import read_actions as actions
 from turret.audit import record
 from turret.errors import StoreError
 from turret.store import Store, usage
@@ -27,20 +27,20 @@ def test_usage_is_added_up_by_tenant_adapter_and_day(store: Store, put) -> None:
         log.flush()
     log.add("other", "a", 1, 1, 1)
     log.flush()
-    found = usage.read(store.database())
+    found = usage.read_usage(store.database())
     assert [(each.adapter, each.day, each.requests, each.answers, each.prompt_tokens) for each in found] == [
         ("", "1970-01-01", 1, 2, 30),
         ("a", "1970-01-01", 2, 4, 60),
         ("a", "1970-01-02", 1, 2, 30),
         ("b", "1970-01-01", 1, 2, 30),
     ]
-    assert [each.day for each in usage.read(store.database(), since="1970-01-02")] == ["1970-01-02"]
-    assert len(usage.read(store.database(), until="1970-01-01")) == 3
+    assert [each.day for each in usage.read_usage(store.database(), since="1970-01-02")] == ["1970-01-02"]
+    assert len(usage.read_usage(store.database(), until="1970-01-01")) == 3
     limited = store.with_access(Access(adapters=("b",))).database()
-    assert [each.adapter for each in usage.read(limited)] == ["", "b"]
+    assert [each.adapter for each in usage.read_usage(limited)] == ["", "b"]
     elsewhere = store.with_access(Access(bases=("elsewhere",))).database()
-    assert list(usage.read(elsewhere)) == []
-    (other,) = usage.read(store.with_access(Access("other")).database())
+    assert list(usage.read_usage(elsewhere)) == []
+    (other,) = usage.read_usage(store.with_access(Access("other")).database())
     assert (other.tenant, other.completion_tokens) == ("other", 1)
 
 
@@ -69,7 +69,9 @@ def test_the_sums_of_many_adapters_and_quotas_are_written_by_few_statements(stor
         finally:
             event.remove(Engine, "before_cursor_execute", hear)
     assert len(said) < 2 * 2 * 20
-    kept = {each.adapter: (each.requests, each.prompt_tokens, each.completion_tokens) for each in usage.read(database)}
+    kept = {
+        each.adapter: (each.requests, each.prompt_tokens, each.completion_tokens) for each in usage.read_usage(database)
+    }
     assert (len(kept), kept["a0"], kept["a699"]) == (700, (2, 0, 4), (2, 1398, 4))
     assert 0 <= levels["token 500", "tokens"] < 500 < levels["token 1", "tokens"] < 1000
 
@@ -104,7 +106,7 @@ def test_sums_are_added_while_another_process_writes_and_by_many_at_once(new_url
 
     with ThreadPoolExecutor(4) as servers:
         list(servers.map(server, range(4)))
-    assert sum(each.requests for each in usage.read(database) if each.adapter != "a") == 4 * 15 * 25
+    assert sum(each.requests for each in usage.read_usage(database) if each.adapter != "a") == 4 * 15 * 25
     with database.reading() as connection:
         rows = connection.execute(select(usage.budgets).where(usage.budgets.c.unit == "tokens")).all()
     assert len(rows) == 40
@@ -116,7 +118,7 @@ def test_a_name_of_several_adapters_that_is_too_long_is_cut(store: Store, put) -
     log = usage.UsageLog(store.database(), clock=lambda: 0.0)
     log.add("default", name, 1, 1, 1)
     log.flush()
-    assert [each.adapter for each in usage.read(store.database())] == [name[:100]]
+    assert [each.adapter for each in usage.read_usage(store.database())] == [name[:100]]
     with store.database().writing() as connection:
         record(connection, "load", name, name, at="now", who=None)
     with store.database().reading() as connection:

@@ -76,7 +76,7 @@ def test_a_move_leaves_the_same_alias_of_other_adapters(store, put) -> None:
     store.promote("b@2", "production")
     assert [str(store.resolve(f"{name}@production")) for name in "abc"] == ["a@1", "b@2", "c@1"]
     with store.database().reading() as connection:
-        newest = audit.read(connection)[0]
+        newest = audit.read_actions(connection)[0]
     assert (newest.what, newest.before, newest.after) == ("b@production", {"version": 1}, {"version": 2})
 
 

@@ -269,7 +269,7 @@ def test_usage_whose_commit_lost_its_answer_is_counted_once(through, lost: int) 
     again(log.flush, proxy, lost)
     log.add("default", "a", 1, 2, 3)
     again(log.flush, proxy, 0)
-    (found,) = usage.read(database)
+    (found,) = usage.read_usage(database)
     assert (found.requests, found.answers, found.prompt_tokens, found.completion_tokens) == (101, 101, 202, 303)
 
 
@@ -320,4 +320,4 @@ def test_the_rows_of_writers_do_not_pile_up(store: Store) -> None:
             connection.execute(update(flushes).values(at=flushes.c.at - 31 * 86_400))
     with database.reading() as connection:
         assert connection.execute(select(func.count()).select_from(flushes)).scalar_one() == 1
-    assert next(iter(usage.read(database))).requests == 3
+    assert next(iter(usage.read_usage(database))).requests == 3

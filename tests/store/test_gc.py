@@ -155,7 +155,7 @@ def test_a_put_whose_files_are_collected_again_and_again_says_so(store, make_bun
 def test_what_a_killed_put_wrote_goes_once_it_is_old(store, make_bundle, put) -> None:
     put()
     bundle = make_bundle(tensors(503))
-    _, paths = artifacts.read(bundle)
+    _, paths = artifacts.read_bundle(bundle)
     Upload(store.database(), store._blobs).write({hash_file(path): path for path in paths.values()})
     assert store.gc().removed == ()
     assert store.verify().orphans == 0
@@ -198,7 +198,7 @@ class Failing:
 def test_a_gc_beside_a_put_that_is_listing_its_files_removes_none(store, make_bundle, put, alone) -> None:
     put()
     bundle = make_bundle(tensors(505))
-    manifest, paths = artifacts.read(bundle)
+    manifest, paths = artifacts.read_bundle(bundle)
     content = artifacts.hash_bundle(manifest, paths)
     upload = Upload(store.database(), store._blobs)
     upload.write({blob: paths[path] for path, blob in content.items()})
@@ -223,7 +223,7 @@ def test_a_gc_beside_a_put_that_is_listing_its_files_removes_none(store, make_bu
 def test_two_puts_of_one_content_at_once_list_one_copy(store, make_bundle) -> None:
     store.new_run("other", "", "")
     bundle, other = make_bundle(tensors(506)), Store(store.location)
-    manifest, paths = artifacts.read(bundle)
+    manifest, paths = artifacts.read_bundle(bundle)
     content = artifacts.hash_bundle(manifest, paths)
     upload = Upload(store.database(), store._blobs)
     upload.write({blob: paths[path] for path, blob in content.items()})
@@ -238,7 +238,7 @@ def test_two_puts_of_one_content_at_once_list_one_copy(store, make_bundle) -> No
 def test_what_was_listed_when_a_put_looked_and_collected_since_is_written(store, make_bundle) -> None:
     bundle = make_bundle(tensors(507))
     store.put("a", bundle)
-    manifest, paths = artifacts.read(bundle)
+    manifest, paths = artifacts.read_bundle(bundle)
     content = artifacts.hash_bundle(manifest, paths)
     upload = Upload(store.database(), store._blobs)
     upload.write({blob: paths[path] for path, blob in content.items()})

@@ -101,7 +101,7 @@ def test_every_change_is_in_the_audit_log(store, known) -> None:
     store.panels.promote("tickets@2")
     store.panels.rollback("tickets")
     with store.database().reading() as connection:
-        found = [each for each in audit.read(connection) if each.what.startswith("tickets")][::-1]
+        found = [each for each in audit.read_actions(connection) if each.what.startswith("tickets")][::-1]
     assert [(each.verb, each.what) for each in found] == [
         ("panel", "tickets@1"),
         ("panel", "tickets@2"),

@@ -75,7 +75,7 @@ def test_a_drift_is_recorded_once_and_ends_the_watch(store, put) -> None:
     assert found.drifted is not None
     assert add(store, promise, b"late") == [False]
     with store.database().reading() as connection:
-        (newest, *others) = audit.read(connection)
+        (newest, *others) = audit.read_actions(connection)
         assert (newest.verb, newest.what, newest.after) == (
             "promise drift",
             str(version),

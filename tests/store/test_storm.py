@@ -425,7 +425,7 @@ def used(workspace: Workspace, tenant: Tenant, faults: Faults) -> None:
     for name, usage_ in tenant.unknown:
         add(most[name], usage_)
     sums = defaultdict(lambda: [0] * 4)
-    for each in usage.read(workspace.store.database()):
+    for each in usage.read_usage(workspace.store.database()):
         assert each.tenant == tenant.word
         add(sums[each.adapter], (each.requests, each.answers, each.prompt_tokens, each.completion_tokens))
     assert sums.keys() <= most.keys()

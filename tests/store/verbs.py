@@ -422,7 +422,9 @@ def ready_to_watch(where: str, folder: Path) -> Hold:
         with Store(where).database().reading() as connection:
             watch = promises.watch_of(connection, promise.id)
             kept = promises.bytes_of_inputs(connection, promise.id)
-            told = sum(each.verb == "promise drift" and each.at >= promise.created for each in audit.read(connection))
+            told = sum(
+                each.verb == "promise drift" and each.at >= promise.created for each in audit.read_actions(connection)
+            )
         drifted = watch is not None and watch.drifted is not None
         assert (drifted, kept, told) in (((True, 0, 1),) if done else ((True, 0, 1), (False, 2 * 80 * 40, 0)))
 

@@ -180,7 +180,7 @@ def test_outcomes_break_a_promise_and_the_audit_log_says_so_once(trained: Worksp
     assert (again.done, again.standing.state, again.breaks) == ((), "broken", 1)
     assert Workspace(trained.store.root).promise("reviews").standing.state == "broken"
     with trained.store.database().reading() as connection:
-        verbs = [(each.verb, each.what) for each in audit.read(connection)]
+        verbs = [(each.verb, each.what) for each in audit.read_actions(connection)]
     assert verbs[0] == ("promise broken", "reviews@1")
     assert verbs[1] == ("promise", "reviews@1")
 

@@ -186,7 +186,7 @@ def test_who_submitted_and_cancelled_is_in_the_audit_log(tmp_path, workspace) ->
         workspace.queue.submit(recipe_in(tmp_path))
     workspace.queue.cancel(run["id"])
     with workspace.store.database().reading() as connection:
-        rows = [each for each in audit.read(connection) if each.what.startswith("run ")]
+        rows = [each for each in audit.read_actions(connection) if each.what.startswith("run ")]
     found = [(each.verb, each.what, each.adapter, each.before, each.after) for each in rows]
     assert found == [
         ("cancel", f"run {run['id']}", "reviews", {"state": "waiting"}, None),

@@ -56,7 +56,7 @@ class Converted:
     deviation: float  # largest change of an output by the conversion, over the largest output
 
 
-def needed(config: AdapterConfig) -> bool:
+def needs_conversion(config: AdapterConfig) -> bool:
     """Whether Turret can read the adapter of this `adapter_config.json` only after a conversion."""
     kind = config.get("peft_type")
     if kind == "LORA":

@@ -187,11 +187,11 @@ def audit(
 
     Shows the tenant of --tenant. The store keeps every row: the database refuses to change or remove one.
     """
-    from turret.audit import read
+    from turret.audit import read_actions
 
     database, day = command.workspace.store.database(), _day(since)
     with database.reading() as connection:
-        found: Sequence[Action] = read(connection, since=day, limit=limit)
+        found: Sequence[Action] = read_actions(connection, since=day, limit=limit)
     command.table(
         {"store": str(command.store), "actions": [each.as_json() for each in found]},
         ("when", "who", "did", "to", "change"),
@@ -206,7 +206,7 @@ def _usage(workspace: Workspace, since: str | None, until: str | None) -> list[U
     store = workspace.store
     tenants = store.tenants() if store.access.operates else [store.access.tenant]
     stores = [store.with_access(Access(tenant)) for tenant in tenants]
-    return [each for one in stores if one.exists() for each in usage.read(one.database(), since, until)]
+    return [each for one in stores if one.exists() for each in usage.read_usage(one.database(), since, until)]
 
 
 def _change(action: Action) -> str:

@@ -149,7 +149,7 @@ def _write(path: Path, name: str, table: RowsInMemory) -> tuple[int, str]:
     Args:
         name: for messages.
     """
-    columns, rows = _read(table)
+    columns, rows = _read_rows(table)
     check_columns(name, columns, "give each its own name")
     digest, count = hashlib.sha256(), 0
     with path.open("wb") as file:
@@ -163,7 +163,7 @@ def _write(path: Path, name: str, table: RowsInMemory) -> tuple[int, str]:
     return count, digest.hexdigest()
 
 
-def _read(table: RowsInMemory) -> NamedRows:
+def _read_rows(table: RowsInMemory) -> NamedRows:
     """The columns and rows of a table."""
     if isinstance(table, list):
         names = list(dict.fromkeys(key for row in table for key in row))

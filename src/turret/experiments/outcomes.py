@@ -180,7 +180,7 @@ def units(connection: Connection, experiment: Experiment, after: int = 0) -> Seq
     return [FirstAnswer(*row) for row in connection.execute(query)]
 
 
-def missing(
+def units_without_outcome(
     connection: Connection, experiment: Experiment, after: int, until: str | None
 ) -> tuple[Sequence[FirstAnswer], int]:
     """Units without an outcome that counts, among those first answered up to `until`, with an id above `after`.

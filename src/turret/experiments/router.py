@@ -84,7 +84,7 @@ class Router:
         """The running experiment of a name, or None. Its `unit` says what to assign: a user, session or request."""
         return self._running().get(name)
 
-    def all_running(self) -> list[Experiment]:
+    def running_experiments(self) -> list[Experiment]:
         return list(self._running().values())
 
     def assign(self, name: str, unit: str, receipt: str | None = None) -> Assignment | None:
@@ -210,7 +210,7 @@ class Router:
             mark = self._mark() if self._mark else None
             if mark is None or mark != self._read_mark:
                 with self._database.reading() as connection:
-                    running = rows.all_running(connection)
+                    running = rows.running_experiments(connection)
                 self._max_seconds |= {each.id: each.guards.max_seconds for each in running}
                 self._known, self._read_mark = {each.adapter: each for each in running}, mark
             self.problem = None

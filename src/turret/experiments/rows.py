@@ -69,7 +69,7 @@ def begin(connection: Connection, settings: Experiment, split: float | Mapping[s
     """
     found = select(adapters.c.id).where(adapters.c.name == settings.adapter, seen_adapters(connection))
     adapter_id = int(connection.execute(found).scalar_one())
-    if current := running(connection, settings.adapter):
+    if current := running_experiment(connection, settings.adapter):
         raise ExperimentError(
             f"{current} has been running since {to_minute(current.created)}: stop it with "
             f"`turret experiment stop {current.adapter}` before you start another"
@@ -99,13 +99,13 @@ def begin(connection: Connection, settings: Experiment, split: float | Mapping[s
     return begun
 
 
-def running(connection: Connection, adapter: str) -> Experiment | None:
+def running_experiment(connection: Connection, adapter: str) -> Experiment | None:
     """The running experiment of this name, or None."""
     condition = (adapters.c.name == adapter) & (experiments.c.state == RUNNING)
     return next(iter(_select(connection, condition)), None)
 
 
-def all_running(connection: Connection) -> list[Experiment]:
+def running_experiments(connection: Connection) -> list[Experiment]:
     return _select(connection, experiments.c.state == RUNNING)
 
 
@@ -258,10 +258,10 @@ def _select(connection: Connection, condition: ColumnElement[bool]) -> list[Expe
         .where(condition, seen_adapters(connection))
         .order_by(adapters.c.name, experiments.c.number)
     )
-    return [_read(row) for row in connection.execute(query).mappings().all()]
+    return [_experiment_of(row) for row in connection.execute(query).mappings().all()]
 
 
-def _read(row: RowMapping) -> Experiment:
+def _experiment_of(row: RowMapping) -> Experiment:
     """Build the experiment; raises Corrupt for a row that Turret did not write."""
     try:
         found = _experiment(row)

@@ -137,7 +137,7 @@ class Validity:
         self.units = self.units.after([((row.revision, ALL), row.arm) for row in new], planned)
         self.last_unit = new[-1].id if new else self.last_unit
         until = _end(experiment, max([now, *(row.at for row in counted)]))
-        missing, last = outcomes.missing(connection, experiment, self.last_missing, until)
+        missing, last = outcomes.units_without_outcome(connection, experiment, self.last_missing, until)
         settled, open_ = self._in_order(counted, missing, experiment.outcome_ttl or 0.0)
         self.last_missing = open_[0].id - 1 if open_ else last
         self._settled = self._settled.after(settled, planned)

@@ -129,7 +129,7 @@ def read_usage(
     """The usage of tenants by adapter and day, of the last seconds too; None: of the caller's own."""
     databases = [workspace_of(view, caller, each).store.database(make=True) for each in tenants]
     view.services.usage.flush()
-    return [row for each in databases for row in usage.read(each, since, until)]
+    return [row for each in databases for row in usage.read_usage(each, since, until)]
 
 
 def actions(
@@ -138,8 +138,8 @@ def actions(
     """A page of the audit log of a tenant, and the `before` of the next one if there is one.
 
     Args:
-        filters: since, who, verb and what, of `turret.audit.read`.
+        filters: since, who, verb and what, of `turret.audit.read_actions`.
     """
     with workspace_of(view, caller, tenant).store.database(make=True).reading() as connection:
-        found = audit.read(connection, below=before, limit=limit + 1, **filters)
+        found = audit.read_actions(connection, below=before, limit=limit + 1, **filters)
     return found[:limit], found[limit - 1].id if len(found) > limit else None

@@ -255,7 +255,7 @@ class BodyField(Protocol):
     ) -> tuple[Body, list[JsonObject]]: ...
 
 
-def read(content: bytes, field: BodyField, limits: RequestLimits) -> Body:
+def parse_body(content: bytes, field: BodyField, limits: RequestLimits) -> Body:
     """The body as the model of its route. Raises TooLarge, HTTPException (not JSON) and RequestValidationError."""
     check_counts(content, limits)
     try:
@@ -364,9 +364,9 @@ class StrictRoute(APIRoute):
             if field is not None and (content := await parsed.body()):
                 view = _view(request)
                 if len(content) <= INLINE:
-                    parsed.body_value = read(content, field, view.services.limits)
+                    parsed.body_value = parse_body(content, field, view.services.limits)
                 else:
-                    parsed.body_value = await view.parsing(read, content, field, view.services.limits)
+                    parsed.body_value = await view.parsing(parse_body, content, field, view.services.limits)
             return await handler(parsed)
 
         return handle

@@ -314,7 +314,7 @@ class Routing:
 
     def in_force(self, experiment: Experiment) -> bool:
         """Whether the experiment answers requests of this server."""
-        running = any(each.id == experiment.id for each in self.router.all_running())
+        running = any(each.id == experiment.id for each in self.router.running_experiments())
         return running and self._is_in_force(experiment) and self.pause_reason(experiment) is None
 
     # --- following the store ------------------------------------------------------------------------------------------
@@ -333,7 +333,7 @@ class Routing:
     def prepare(self) -> None:
         """Load the versions of new experiments, and then let them answer."""
         with self._lock:
-            running = [each for each in self.router.all_running() if self._is_on_base(each)]
+            running = [each for each in self.router.running_experiments() if self._is_on_base(each)]
             if self._in_force is None:
                 self._in_force = {each.id for each in running}
                 new = running

@@ -403,7 +403,7 @@ class Services:
             self._each_tenant(self._apply_guards_of)()
 
     def _apply_guards_of(self, tenant: View) -> None:
-        acts = tenant.routing.router.all_running() or tenant.workspace.settles or tenant.promises.has_any
+        acts = tenant.routing.router.running_experiments() or tenant.workspace.settles or tenant.promises.has_any
         if not acts or not self.replica.lead():
             return
         with self._guard_lock:

@@ -244,7 +244,7 @@ class AccessTokens:
 
     def of_all_tenants(self) -> Sequence[AccessToken]:
         """The tokens of all tenants, including revoked ones: a server knows its callers by them."""
-        return self._read_by(lambda connection: _read(connection, _QUERY))
+        return self._read_by(lambda connection: _read_tokens(connection, _QUERY))
 
     def _read_by(self, read: Callable[[Connection], Sequence[AccessToken]]) -> Sequence[AccessToken]:
         database = self._open()
@@ -326,10 +326,10 @@ _QUERY = select(*(column for column in tokens.c if column.name != "id")).order_b
 
 
 def _all(connection: Connection) -> list[AccessToken]:
-    return _read(connection, _QUERY.where(tokens.c.tenant == access_of(connection).tenant))
+    return _read_tokens(connection, _QUERY.where(tokens.c.tenant == access_of(connection).tenant))
 
 
-def _read(connection: Connection, query: Select[tuple[Plain, ...]]) -> list[AccessToken]:
+def _read_tokens(connection: Connection, query: Select[tuple[Plain, ...]]) -> list[AccessToken]:
     lists = ("scopes", "adapters", "bases")
     return [
         AccessToken(**{**row._mapping, **{each: tuple(row._mapping[each] or ANY) for each in lists}})

@@ -40,7 +40,7 @@ MANIFEST = "manifest.json"
 _LIMIT = 16 << 20  # bytes; a manifest has a few thousand
 
 
-def read(bundle: Path) -> tuple[Manifest, dict[str, Path]]:
+def read_bundle(bundle: Path) -> tuple[Manifest, dict[str, Path]]:
     """Read the manifest of a bundle.
 
     Returns:

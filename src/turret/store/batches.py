@@ -159,7 +159,7 @@ class Batches:
         found: list[Batch] = []
 
         def read(connection: Connection, taken: Job) -> None:
-            row = _read(connection, taken.id)
+            row = _read_batch(connection, taken.id)
             tries = Counter(row.unanswered)
             if taken.died:
                 tries.update([WHOLE_FILE, *row.asking])
@@ -181,7 +181,7 @@ class Batches:
         with self.database.writing() as connection:
             self._hold(connection, batch)
             leases.renew(connection, self._taken[batch.id].lease)
-            return _read(connection, batch.id)
+            return _read_batch(connection, batch.id)
 
     def release(self, batch: Batch, aside: float = 0.0) -> None:
         """Let a process continue: at once, or after that many seconds. Nothing of the batch may be in flight."""
@@ -206,7 +206,7 @@ class Batches:
             waiting = (batches.c.id == batch.id) & (batches.c.state == "validating")
             if connection.execute(update(batches).where(waiting).values(state="in_progress")).rowcount:
                 _note_time(connection, batch.id, "in_progress")
-            return _read(connection, batch.id)
+            return _read_batch(connection, batch.id)
 
     def keep(self, batch: Batch, answers: Sequence[Answer] = (), asking: Collection[int] = ()) -> Batch:
         """Keep answers, and note all lines that are in flight from now on.
@@ -219,7 +219,7 @@ class Batches:
         """
         with self.database.writing() as connection:
             self._hold(connection, batch)
-            now = _read(connection, batch.id)
+            now = _read_batch(connection, batch.id)
             new = {each.line: each for each in answers if each.line in now.unanswered}
             size = now.bytes + sum(len(each.text.encode()) for each in new.values())
             beside = (batches.c.owner == batch.owner) & (batches.c.id != batch.id) & batches.c.state.not_in(ENDED)
@@ -246,7 +246,7 @@ class Batches:
                 "asking": sorted(asking),
             }
             connection.execute(update(batches).where(batches.c.id == batch.id).values(values))
-            return _read(connection, batch.id)
+            return _read_batch(connection, batch.id)
 
     def parts(self, batch: Batch) -> Iterator[Answer]:
         """All answers so far, in the order of the lines, a few in memory at a time."""
@@ -298,7 +298,7 @@ def _texts(lines: Mapping[int, int]) -> dict[str, int]:
     return {str(line): tries for line, tries in lines.items()}
 
 
-def _read(connection: Connection, id: str) -> Batch:
+def _read_batch(connection: Connection, id: str) -> Batch:
     return _batch(connection.execute(select(batches).where(batches.c.id == id)).one())
 
 

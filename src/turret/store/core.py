@@ -246,7 +246,7 @@ class Store:
         """
         held, run = (run, run.id) if isinstance(run, HeldRun) else (None, run)
         check_name(name)
-        manifest, paths = artifacts.read(bundle)
+        manifest, paths = artifacts.read_bundle(bundle)
         content = artifacts.hash_bundle(manifest, paths)
         database = self._open_or_create()
         with plain_errors(self._catalog):

@@ -467,7 +467,7 @@ def record(connection: Connection, receipt: str, value: Plain) -> tuple[Status, 
     if row.at < _before(promise):
         hours = promise.outcome_ttl / 3600
         return "late", f"the outcomes of {version} count for {hours:.3g} hours after an answer: not counted"
-    read = _read(value, row.label, list(_spec(connection, promise).get("labels") or ()))
+    read = _read_outcome(value, row.label, list(_spec(connection, promise).get("labels") or ()))
     if isinstance(read, str):
         return "refused", f"{read}; nothing is recorded"
     wrong, right = read
@@ -587,7 +587,7 @@ def _spec(connection: Connection, promise: Promise) -> TaskSpec:
     return task_in(manifest)
 
 
-def _read(value: Plain, given: str, labels: Sequence[str]) -> tuple[bool, str | None] | str:
+def _read_outcome(value: Plain, given: str, labels: Sequence[str]) -> tuple[bool, str | None] | str:
     """Whether the answer was wrong, and the right label if it is known; or why the value is no outcome."""
     if isinstance(value, str) and value in labels:
         return value != given, value

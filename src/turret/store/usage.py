@@ -137,7 +137,7 @@ class UsageLog:
         self._sums[key] = [a + b for a, b in zip(known, counts, strict=True)]
 
 
-def read(database: Database, since: str | None = None, until: str | None = None) -> Sequence[Usage]:
+def read_usage(database: Database, since: str | None = None, until: str | None = None) -> Sequence[Usage]:
     """The usage that may be seen, by adapter and day.
 
     Args:

@@ -187,7 +187,7 @@ def helper(about: AboutReader) -> Callable[[ReadQuestion | LookQuestion], Helper
                 most = asked["rows"]
                 found = asdict(sample(asked["source"], most)) if most else None
                 return {"status": 0, "found": found or inspect(asked["source"], asked["settings"]).as_json()}
-            _read(store.with_access(Access(asked["tenant"])), asked)
+            _read_table(store.with_access(Access(asked["tenant"])), asked)
         except TurretError as error:
             return {"status": status_of(error), "text": str(error)}
         except (MemoryError, OSError) as error:
@@ -199,7 +199,7 @@ def helper(about: AboutReader) -> Callable[[ReadQuestion | LookQuestion], Helper
     return answer
 
 
-def _read(store: Store, asked: ReadQuestion) -> None:
+def _read_table(store: Store, asked: ReadQuestion) -> None:
     folder, recipe = Path(asked["folder"]), Recipe.from_toml(asked["recipe"])
     working = Path(tempfile.mkdtemp(prefix="data-", dir=folder))  # a reader that died has left its own
     os.chdir(folder if asked["sent"] else bring_data(store, recipe, working))

@@ -494,7 +494,7 @@ def apply_guards(store: Store, memories: dict[int, Memory]) -> list[ExperimentSt
     from turret.experiments.analyze import Memory
 
     with store.database().reading() as connection:
-        running = rows.all_running(connection)
+        running = rows.running_experiments(connection)
     for ended in set(memories) - {each.id for each in running}:
         del memories[ended]
     return [

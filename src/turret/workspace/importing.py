@@ -90,7 +90,7 @@ def import_adapter(store: Store, source: str, name: str, request: ImportRequest,
         say(f"reading {source}")
         brought = fetch.pull(source, working, request.revision) if request.pulled else fetch.fetch(source, working)
         config, converted = read_config(brought.folder), list[str]()
-        if conversion.needed(config):
+        if conversion.needs_conversion(config):
             brought, note = _convert(brought, config, working, request, say)
             config = read_config(brought.folder)
             converted.append(note)

@@ -353,7 +353,7 @@ def _prefix(model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     spare = attached.spare()
     try:
         with torch.no_grad():
-            groups = _read(spare, hook_model(spare), tokens[None].to(device_of(spare)))
+            groups = _read_groups(spare, hook_model(spare), tokens[None].to(device_of(spare)))
     finally:
         detach(spare)
     return {
@@ -383,7 +383,7 @@ def _invite(
             _hash_masks(layer, attached, attached.family.stream(path))
     attached.undo.append(guest.leave)
     if not guest.layers:
-        prompt = peft_backend.Prompt(guest, functools.partial(_read, model, attached))
+        prompt = peft_backend.Prompt(guest, functools.partial(_read_groups, model, attached))
         attached.prefixes[str(ATTACHED)] = prompt.to(device_of(model))
 
 
@@ -395,7 +395,7 @@ def _hash_masks(layer: nn.Module, attached: HookedModel, stream: Stream) -> None
                 setattr(owner, name, RoutedDropout(each, attached.context, stream))
 
 
-def _read(model: Model, attached: HookedModel, tokens: Tensor) -> Groups:
+def _read_groups(model: Model, attached: HookedModel, tokens: Tensor) -> Groups:
     """The keys and values that the bare base computes for virtual tokens, by group. tokens: (1, P, D)."""
     captured: dict[str, tuple[Tensor, Tensor]] = {}
     context = attached.context
