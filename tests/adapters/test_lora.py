@@ -199,6 +199,7 @@ def test_a_merged_layer_is_the_layer_with_its_change(parts: tuple[str, ...], tra
     torch.testing.assert_close(merged, change(layer, x), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(merged, layer(x), atol=1e-2)
     assert [t.tolist() for t in change.to(torch.device("cpu")).tensors] == [t.tolist() for t in change.tensors]
+    assert {t.dtype for t in change.merged_parameters(layer.bfloat16()).values()} == {torch.bfloat16}
 
 
 def test_a_layer_without_a_bias_takes_what_needs_none() -> None:

@@ -30,7 +30,6 @@ from small_disk import mounted_disk
 import turret
 from turret import adapters, bases, bundles
 from turret.adapters import Adapter, lifecycle
-from turret.adapters.lora import merged_weight
 from turret.bundles import gguf_lora
 from turret.errors import AdapterError, Corrupt, NotFound, StoreError
 from turret.methods import Full, Head, Prefix
@@ -155,16 +154,6 @@ def test_merging_makes_new_tensors_and_writes_to_none_of_the_base(
     changed = {name for name, each in state.items() if not torch.equal(each, before[name])}
     layers = {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] + ".weight" for name in adapter.tensors}
     assert changed == layers | set(adapter.head)
-
-
-def test_a_merged_weight_is_the_sum_written_out() -> None:
-    W, A, B = torch.randn(4, 6), torch.randn(2, 6), torch.randn(4, 2)
-    expected = torch.tensor(
-        [[W[i, j] + 3 * sum(B[i, k] * A[k, j] for k in range(2)) for j in range(6)] for i in range(4)]
-    )
-    torch.testing.assert_close(merged_weight(W, A, B, 3.0), expected)
-    torch.testing.assert_close(merged_weight(W.mT, A, B, 3.0, transposed=True), expected.mT)
-    assert merged_weight(W.bfloat16(), A, B, 3.0).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("method", [Head(), Full(), Prefix(num_virtual_tokens=2, encoder_hidden_size=8)])

@@ -77,7 +77,6 @@ PRODUCTS = {  # operation -> where it is written: module, and function
         "ops/lora.py Stack.add",
     },
     "LoRA, merged": {
-        "adapters/lora.py merged_weight",
         "adapters/lora.py ScaledLayer.merged_parameters",
         "adapters/lora.py dora",
     },

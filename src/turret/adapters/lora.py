@@ -18,15 +18,6 @@ from turret.ops.structs import Lora
 from turret.quantized import FourBitProducts
 
 
-def merged_weight(W: Tensor, A: Tensor, B: Tensor, scaling: float, *, transposed: bool = False) -> Tensor:
-    """`W' = W + scaling * B A`, summed in float32 and rounded once to W's dtype; a new tensor.
-
-    W: (D_out, D_in), or (D_in, D_out) if `transposed` (GPT-2's Conv1D). A: (R, D_in), B: (D_out, R).
-    """
-    delta = scaling * (B.float() @ A.float())  # (D_out, D_in)
-    return (W.float() + (delta.mT if transposed else delta)).to(W.dtype)
-
-
 class LoRAFactors(nn.Module):
     """`delta(x) = lora_delta(x; A, B) - lora_delta(x; A0, B0)`, for x: (..., D_in) -> (..., D_out).
 
@@ -178,7 +169,9 @@ class ScaledLayer:
         return ScaledLayer(factors, input, output, shift)
 
     def merged_parameters(self, layer: nn.Module) -> dict[str, Tensor]:
-        """The layer's parameters with this merged in, in their dtypes: `W' = output (W + B A) input`.
+        """The layer's changed parameters with this merged in: `W' = output (W + B A) input`, `b' = output b + shift`.
+
+        They are computed in float32 and rounded once to the layer's dtypes.
 
         Raises:
             AdapterError: the layer has no bias that could hold the shift.
@@ -191,10 +184,10 @@ class ScaledLayer:
         W = W if own.input is None else W * own.input.float()
         W = W if own.output is None else W * own.output.float()[:, None]
         merged = {"weight": (W if isinstance(layer, nn.Linear) else W.mT).to(weight.dtype)}
-        if bias is None:
-            if own.shift is not None:
-                raise AdapterError("a layer of the base has no bias to merge a trained one into: export it unmerged")
+        if own.shift is None and (own.output is None or bias is None):
             return merged
+        if bias is None:
+            raise AdapterError("a layer of the base has no bias to merge a trained one into: export it unmerged")
         b = bias.float() if own.output is None else bias.float() * own.output.float()
         return merged | {"bias": (b if own.shift is None else b + own.shift.float()).to(bias.dtype)}
 

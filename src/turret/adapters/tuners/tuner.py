@@ -33,7 +33,7 @@ from turret.adapters.hooks import (
     start_head,
 )
 from turret.adapters.layers import merged_values, twin
-from turret.adapters.lora import LoRAFactors, ScaledLayer, merged_weight
+from turret.adapters.lora import LoRAFactors, ScaledLayer
 from turret.adapters.prefix import PrefixGroup, PrefixSlot
 from turret.errors import AdapterError, BundleError
 from turret.json_types import JsonObject
@@ -144,19 +144,14 @@ class Tuner(Generic[M]):
     def merged_weights(self, model: Model, adapter: Adapter) -> dict[str, Tensor]:
         """The weights that the adapter changes, merged, by their names in a model with nothing attached."""
         shared, parts = shared_names(model), self.parts(model, adapter)
-        merged = {}
-        for path, (A, B) in parts.factors.items():
+        lora = {path: ScaledLayer((A, B.float() * parts.scaling)) for path, (A, B) in parts.factors.items()}
+        merged: dict[str, Tensor] = {}
+        for path, change in (lora | dict(parts.layers)).items():
             if len(shared.get(f"{path}.weight", ())) > 1:
                 raise AdapterError(f"{path} shares its weight with another layer, so the adapter cannot be merged")
-            layer = model.get_submodule(path)
-            transposed = not isinstance(layer, nn.Linear)
-            assert isinstance(layer.weight, Tensor)
-            merged[f"{path}.weight"] = merged_weight(layer.weight, A, B, parts.scaling, transposed=transposed)
-        for path, scaled in parts.layers.items():
-            assert isinstance(scaled, ScaledLayer)  # PEFT merges its own modules
-            merged |= {
-                f"{path}.{name}": value for name, value in scaled.merged_parameters(model.get_submodule(path)).items()
-            }
+            assert isinstance(change, ScaledLayer)  # PEFT merges its own modules
+            own = change.merged_parameters(model.get_submodule(path))
+            merged |= {f"{path}.{name}": value for name, value in own.items()}
         for path, module in parts.whole.items():
             base = model.get_submodule(path)
             own = merged_values(module, base.get_parameter("weight"))
