@@ -47,7 +47,13 @@ TARGETS = {
             *("bundles/test_trained_whole.py", "exchange/test_other_methods.py"),
         ),
     ),
-    "hooks": Target("adapters/hooks.py", ("adapters/test_prefix.py", "engine/test_mixtures.py")),
+    "hooks": Target(
+        "adapters/hooks.py",
+        (
+            *("adapters/test_lora.py", "adapters/test_prefix.py", "adapters/test_dropout.py"),
+            *("adapters/test_through_peft.py", "engine/test_mixtures.py"),
+        ),
+    ),
     "alias-history": Target(
         "store/aliases.py", ("store/test_aliases.py", "store/test_tenants.py", "store/test_verify.py"), IN_FOLDER
     ),
