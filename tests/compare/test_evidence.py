@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from turret.compare.verdict import components, interval, judge, mcnemar, rate
+from turret.compare.verdict import Futures, components, interval, judge, mcnemar, rate
 from turret.statistics import sign_flips, sign_test, smallest
 
 Grow = Callable[[int, int], np.ndarray]
@@ -254,6 +254,17 @@ def test_the_advice_followed_settles_it_in_the_share_that_it_says(
     assert len(said) >= 15
     assert np.mean(settled) >= np.mean(said) - 0.15
     assert np.mean(by_less) < np.mean(settled)
+
+
+@pytest.mark.parametrize(("seeds", "examples"), [(1, 50), (2, 400), (4, 50), (5, 400), (9, 400)])
+def test_a_future_without_more_seeds_or_examples_is_the_present(seeds: int, examples: int) -> None:
+    rng = np.random.default_rng(5)
+    d = simulated(rng, seeds, examples, -0.01, luck=0.02)
+    middle, half = Futures.after(100 * d, 1.0).intervals(0, 0)
+    now = interval(d, rng)
+    np.testing.assert_allclose(middle, 100 * d.mean(), atol=1e-9)
+    assert np.ptp(half) < 1e-9
+    assert half[0] == pytest.approx(50 * (now.high - now.low), rel=0.15)
 
 
 def test_advice_that_needs_seeds_and_examples_says_both() -> None:
