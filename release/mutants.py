@@ -68,7 +68,12 @@ TARGETS = {
         "compare/verdict.py", ("compare/test_report.py", "compare/test_evidence.py", "compare/test_power.py")
     ),
     "limits": Target(
-        "server/limits.py", ("server/test_limits.py", "server/test_quotas.py", "server/test_replicas.py"), IN_FOLDER
+        "server/limits.py",
+        (
+            *("server/test_limits.py", "server/test_connections.py", "server/test_fairness.py"),
+            *("server/test_quotas.py", "server/test_replicas.py"),
+        ),
+        IN_FOLDER,
     ),
     "scopes": Target(
         "server/auth.py", ("server/test_auth.py", "server/test_console_access.py", "server/test_control.py")
