@@ -44,7 +44,7 @@ TARGETS = {
         "adapters/lora.py",
         (
             *("adapters/test_lora.py", "adapters/test_start.py", "bundles/test_mixing.py"),
-            *("bundles/test_trained_whole.py", "exchange/test_other_methods.py"),
+            *("adapters/test_four_bits.py", "bundles/test_trained_whole.py", "exchange/test_other_methods.py"),
         ),
     ),
     "hooks": Target(
@@ -76,13 +76,17 @@ TARGETS = {
         IN_FOLDER,
     ),
     "scopes": Target(
-        "server/auth.py", ("server/test_auth.py", "server/test_console_access.py", "server/test_control.py")
+        "server/auth.py",
+        (
+            *("server/test_auth.py", "server/test_console_access.py", "server/test_control.py"),
+            "server/test_cross_origin.py",
+        ),
     ),
     "patterns": Target("access.py", ("store/test_tenants.py",), IN_FOLDER),
     "resume": Target("train/checkpoint.py", ("train/test_checkpoint.py",)),
     "upkeep": Target("store/upkeep.py", ("store/test_gc.py", "store/test_verify.py"), IN_FOLDER),
     "leases": Target("store/leases.py", ("store/test_leases.py",), IN_FOLDER),
-    "jobs": Target("store/jobs.py", ("store/test_queue.py",), IN_FOLDER),
+    "jobs": Target("store/jobs.py", ("store/test_queue.py", "store/test_batches.py"), IN_FOLDER),
 }
 
 

@@ -14,6 +14,7 @@ from turret.server.auth import SESSION_COOKIE, Guard, Sessions, check_origin, se
 from turret.server.console.render import form_of
 from turret.server.limits import FILES
 from turret.store import Store
+from turret.store.access_tokens import SessionRows
 
 # --- signing in ------------------------------------------------------------------------------------------------------
 
@@ -148,6 +149,25 @@ def test_sessions_end_by_time_and_by_number_and_are_kept_as_hashes() -> None:
     assert session_of("=;;\x00") is None
     assert session_of(f"{SESSION_COOKIE}=first; {SESSION_COOKIE}=second") == "first"
     assert session_of(f'{SESSION_COOKIE}="quoted"') is None
+
+
+def test_a_session_that_the_catalog_does_not_know_is_asked_for_again_after_a_second(tmp_path) -> None:
+    now = [1000.0]
+    catalog = SessionRows(Store(tmp_path / "store").database(make=True))
+    sessions, elsewhere = Sessions(lambda: now[0]), Sessions(lambda: now[0])
+    assert not sessions.is_strange("of another server"), "without a catalog nobody else has sessions"
+    for each in (sessions, elsewhere):
+        each.share(catalog)
+    session = elsewhere.begin("token")
+    assert sessions.is_strange(session)
+    sessions.look_up(session)
+    assert not sessions.is_strange(session)
+    now[0] += 1.01
+    assert sessions.is_strange(session)
+    elsewhere.keep(session)
+    sessions.look_up(session)
+    assert not sessions.is_strange(session)
+    assert sessions.token_hash(session) == "token"
 
 
 def test_a_session_over_https_counts_only_in_a_cookie_that_no_other_host_can_set() -> None:

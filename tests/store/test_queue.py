@@ -203,6 +203,22 @@ def test_cancelled_while_it_waits_runs_or_has_lost_its_worker_it_ends(store, lin
         line.cancel(waiting)
 
 
+def test_a_cancelled_training_waits_again_once_it_is_resumed_and_no_other_does(store, line) -> None:
+    run, other = (line.submit("a", recipe) for recipe in ("x", "y"))
+    for each in (run, other):
+        line.cancel(each)
+    asked: list[str] = []
+    line.resume(run, lambda connection, recipe: asked.append(recipe))
+    assert asked == ["x"]
+    assert [state(store, each) for each in (run, other)] == ["waiting", "cancelled"]
+    with pytest.raises(InUse, match="is waiting: only a failed or cancelled one can be resumed"):
+        line.resume(run, lambda connection, recipe: None)
+    taken = line.take()
+    assert taken is not None
+    assert taken.id == run
+    assert line.take() is None
+
+
 def cancelled(store: Store, line: JobQueue, run: str) -> None:
     lose_workers(store)
     line.cancel(run)

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 from store.bundles import tensors
 
-from turret.access import Access, check_patterns, check_tenant, tenant_access
+from turret.access import NOBODY, Access, acting, acting_name, check_patterns, check_tenant, tenant_access
 from turret.database import SCHEMA
 from turret.errors import BadReference, InUse, NotFound
 from turret.experiments import Guards
@@ -23,6 +23,20 @@ def message(action) -> str:
     with pytest.raises(NotFound) as raised:
         action()
     return str(raised.value)
+
+
+def test_only_the_default_tenant_without_limits_operates_the_store() -> None:
+    assert Access().operates
+    limited = [Access(adapters=("legal-*",)), Access(bases=("small",)), Access("acme"), Access("zeta"), NOBODY]
+    assert not any(access.operates for access in limited)
+
+
+def test_a_name_acts_within_its_block_alone() -> None:
+    with acting("eve"):
+        with acting(None):
+            assert acting_name() is None
+        assert acting_name() == "eve"
+    assert acting_name() is None
 
 
 def test_names_are_unique_for_each_tenant_and_versions_count_for_each(store: Store, make_bundle) -> None:

@@ -12,6 +12,7 @@ from store.bundles import safetensors, write_bundle
 from turret.errors import NotFound
 from turret.store import Store
 from turret.store.blobs import hash_file
+from turret.store.upkeep import Damage, Verified
 
 
 def problems(store: Store, reference: str | None = None) -> list[str]:
@@ -98,6 +99,13 @@ def test_one_version_is_looked_at_alone_and_one_that_is_not_there_is_said(store,
         store.verify("a@7")
     with pytest.raises(NotFound, match="nothing to read: there is no store at"):
         Store(tmp_path / "none").verify()
+
+
+def test_the_result_of_two_tenants_has_the_sums_and_the_problems_of_both() -> None:
+    own = Verified(1, 3, 100, (Damage("a@1", "x", "is missing"),), 2, 20)
+    both = own.and_of("acme", Verified(2, 6, 300, (Damage("b@1", None, "is gone"),), 0, 0))
+    assert (both.versions, both.files, both.bytes, both.orphans, both.orphan_bytes) == (3, 9, 400, 2, 20)
+    assert [str(problem) for problem in both.problems] == ["a@1 x: is missing", "acme/b@1: is gone"]
 
 
 def test_a_manifest_that_changed_with_its_digest_is_found(store, tmp_path) -> None:
