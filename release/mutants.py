@@ -51,7 +51,7 @@ TARGETS = {
         "adapters/hooks.py",
         (
             *("adapters/test_lora.py", "adapters/test_prefix.py", "adapters/test_dropout.py"),
-            *("adapters/test_through_peft.py", "engine/test_mixtures.py"),
+            *("adapters/test_through_peft.py", "adapters/test_full.py", "engine/test_mixtures.py"),
         ),
     ),
     "alias-history": Target(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from turret.compare.verdict import Futures, components, interval, judge, mcnemar, rate
+from turret.compare.verdict import MOST_RESAMPLED, Futures, components, group_columns, interval, judge, mcnemar, rate
 from turret.statistics import sign_flips, sign_test, smallest
 
 Grow = Callable[[int, int], np.ndarray]
@@ -306,6 +306,22 @@ def test_components_find_what_was_put_in() -> None:
     assert found.between_seeds == pytest.approx(4, rel=0.5)
     assert found.between_examples == pytest.approx(9, rel=0.2)
     assert found.rest == pytest.approx(1, rel=0.05)
+
+
+def test_one_seed_has_no_variance_but_that_of_its_examples() -> None:
+    d = np.random.default_rng(3).standard_normal((1, 40))
+    parts = components(d)
+    assert (parts.between_seeds, parts.rest) == (0.0, 0.0)
+    assert parts.between_examples == pytest.approx(d.var(ddof=1))
+
+
+@pytest.mark.parametrize("more", [0, 1, 5, MOST_RESAMPLED + 7])
+def test_many_examples_are_resampled_in_groups_of_neighbours(more: int) -> None:
+    d = np.random.default_rng(3).standard_normal((2, MOST_RESAMPLED + more))
+    grouped = group_columns(d)
+    size = 1 if not more else 2 if more < MOST_RESAMPLED else 3
+    assert grouped.shape == (2, d.shape[1] // size)
+    np.testing.assert_allclose(grouped[:, 1], d[:, size : 2 * size].mean(1))
 
 
 def test_mcnemar_counts_the_disagreements_and_is_exact() -> None:

@@ -11,7 +11,8 @@ from urllib.parse import quote
 
 import pytest
 
-from turret.server.limits import RequestLimits, is_page
+from turret.server import limits
+from turret.server.limits import Load, RequestLimits, is_page
 
 GOOD = {"model": "a", "input": "x"}
 
@@ -332,6 +333,18 @@ def test_what_changes_nothing_is_taken(shared) -> None:
 
 
 @pytest.mark.slow
+def test_a_busy_server_tells_the_time_until_room_by_the_pace_of_the_last_requests(monkeypatch) -> None:
+    now = [50.0]
+    monkeypatch.setattr(limits.time, "monotonic", lambda: now[0])
+    load = Load(RequestLimits(in_flight=2))
+    assert load.seconds_until_room() == 1.0
+    for _ in range(4):
+        with load.place(load.answering, "a"):
+            now[0] += 3.0
+    assert load.seconds_until_room() == (62.0 - 53.0) / 4
+    assert load.requests == load.requests_of("a") == 0
+
+
 def test_more_requests_than_may_be_in_flight_are_429_with_retry_after(serve, put, until) -> None:
     put()
     running = serve(limits=RequestLimits(in_flight=2))

@@ -80,6 +80,23 @@ def test_a_move_leaves_the_same_alias_of_other_adapters(store, put) -> None:
     assert (newest.what, newest.before, newest.after) == ("b@production", {"version": 1}, {"version": 2})
 
 
+def test_an_alias_goes_back_to_a_version_only_from_one_that_is_to_be_left(store, put) -> None:
+    put(), put(), put()
+    for number in (1, 2):
+        store.promote(f"a@{number}", "production")
+    stays = store.back_to("a@2", "production", leaving=["a@1"])
+    assert (stays.version, stays.before, stays.changed) == ("a@2", "a@2", False)
+    assert store.back_to("a@1", "production", leaving=["a@3"]) is None
+    assert named(store) == "a@2"
+    moved = store.back_to("a@1", "production", leaving=["a@2", "a@3"])
+    assert (moved.version, moved.before, moved.changed) == ("a@1", "a@2", True)
+    assert named(store) == "a@1"
+    with pytest.raises(NotFound, match="named nothing before"):  # its history goes on from its first move
+        store.rollback("a", "production")
+    first = store.back_to("a@3", "candidate", leaving=[])
+    assert (first.before, first.changed, named(store, "candidate")) == (None, True, "a@3")
+
+
 def test_the_history_keeps_every_move_with_its_verb(store, put) -> None:
     put(), put()
     store.promote("a@1", "production")
