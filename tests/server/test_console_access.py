@@ -170,6 +170,21 @@ def test_a_session_that_the_catalog_does_not_know_is_asked_for_again_after_a_sec
     assert sessions.token_hash(session) == "token"
 
 
+def test_a_session_that_ends_on_one_server_ends_on_all_at_the_next_look(tmp_path) -> None:
+    catalog = SessionRows(Store(tmp_path / "store").database(make=True))
+    sessions, elsewhere = Sessions(time.monotonic), Sessions(time.monotonic)
+    for each in (sessions, elsewhere):
+        each.share(catalog)
+    ends, stays = (elsewhere.begin(token) for token in ("one", "two"))
+    for session in (ends, stays):
+        elsewhere.keep(session)
+        sessions.look_up(session)
+    begins = sessions.begin("three")  # the catalog does not have it yet
+    elsewhere.forget(ends)
+    sessions.refresh()
+    assert [sessions.token_hash(session) for session in (ends, stays, begins)] == [None, "two", "three"]
+
+
 def test_a_session_over_https_counts_only_in_a_cookie_that_no_other_host_can_set() -> None:
     sessions = Sessions(time.monotonic)
     over_https, over_http = sessions.begin("one", secure=True), sessions.begin("two")

@@ -93,6 +93,53 @@ def test_a_tenant_at_its_limit_waits(store, line) -> None:
     assert again.id == second
 
 
+def test_tenants_take_turns_although_one_has_asked_for_more_and_before(store, line) -> None:
+    runs = {line.submit("a", "x"): "default" for _ in range(3)} | {
+        of(store, "other").submit("a", "x"): "other" for _ in range(2)
+    }
+    order = []
+    for _ in range(5):
+        taken = line.take()
+        assert taken is not None
+        order.append(runs[taken.id])
+        store.training_runs().end(line.adopt_training(taken), "finished", error=None, result=None)
+    assert order == ["default", "other", "default", "other", "default"]
+
+
+def test_a_job_put_aside_is_taken_again_after_its_pause_and_the_try_does_not_count(store, line) -> None:
+    run = line.submit("a", "x")
+    taken = line.take()
+    assert taken is not None
+    line.put_aside(taken, 30.0)
+    assert line.take() is None
+    with store.database().reading() as connection:
+        due, tries = connection.execute(select(rows.c.due - leases.clock(connection), rows.c.tries)).one()
+    assert 25.0 < due <= 30.0
+    assert tries == 0
+    make_due(store)
+    again = line.take()
+    assert again is not None
+    assert again.id == run
+    line.put_aside(again)
+    assert line.take() is not None, "without a pause it is free at once"
+
+
+def test_a_waiting_training_knows_its_place_among_those_of_its_tenant(store, line) -> None:
+    first, second, third = (line.submit("a", "x", priority=priority) for priority in (0, 0, 5))
+    foreign = of(store, "other").submit("a", "x")
+    assert [line.place(run) for run in (third, first, second, foreign, "nothing")] == [
+        (1, 3),
+        (2, 3),
+        (3, 3),
+        None,
+        None,
+    ]
+    taken = line.take()
+    assert taken is not None
+    assert taken.id == third
+    assert [line.place(run) for run in (third, first)] == [None, (1, 2)]
+
+
 def test_a_full_queue_of_one_tenant_takes_no_more_of_it_and_all_of_others(store, line) -> None:
     line.limit("default", running=None, waiting=2)
     line.limit("other", running=None, waiting=1)
