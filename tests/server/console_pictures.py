@@ -35,7 +35,7 @@ from turret.workspace.job_process import TrainingWhileServing
 
 Steps = Callable[[Page], Any]
 WORDS = "words.json"  # beside the pictures
-UNITS = {"ms", "s", "min", "h", "d", "days", "ago", "kB", "MB", "GB"}  # by the speed of the machine
+UNITS = {"ms", "s", "min", "h", "d", "days", "ago", "kB", "MB", "GB", "AM", "PM"}  # by the machine and the time of day
 # What a page shows, without what a machine or a moment decides: times, places, identifiers, code, measurements.
 VISIBLE = """() => {
   const copy = document.body.cloneNode(true);

@@ -153,6 +153,17 @@ def test_a_request_keeps_the_copy_that_it_began_with(tmp_path: Path) -> None:
         assert not engine._source.adapters
 
 
+def test_texts_that_are_asked_at_once_take_one_pass_so_that_their_answers_are_the_same_each_time(
+    engine: Engine,
+) -> None:
+    with classifier(engine) as slot:
+        slot.sample([GOOD])
+        for _ in range(5):
+            before = engine.stats().passes
+            slot.sample([GOOD + " again" * more for more in range(12)])
+            assert engine.stats().passes - before == 1
+
+
 def test_a_slot_goes_on_from_an_adapter_and_is_saved_as_one(engine: Engine) -> None:
     with classifier(engine) as slot:
         steps(slot, LABELLED, 10)

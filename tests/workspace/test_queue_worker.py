@@ -359,9 +359,9 @@ def tensors_of(workspace: Workspace, version: str) -> str:
     return str(workspace.show(version)["files"]["adapter_model.safetensors"]["digest"])
 
 
-def stepping(workspace: Workspace, runs: Sequence[str]) -> Callable[[], bool]:
-    """Whether all of these runs have made a step."""
-    return lambda: all(any(True for _ in workspace.curve(run)) for run in runs)
+def stepping(workspace: Workspace, runs: Sequence[str], steps: int = 1) -> Callable[[], bool]:
+    """Whether all of these runs have made so many steps. A step's checkpoint is there before the next step ends."""
+    return lambda: all(sum(1 for _ in workspace.curve(run)) >= steps for run in runs)
 
 
 def descendants(parent: int) -> list[int]:
@@ -407,7 +407,7 @@ class TestShared:
         recipes = [recipe.with_overrides({"seed": str(seed)}) for seed in range(2)]
         runs = [workspace.queue.submit(each)["id"] for each in recipes]
         worker = start(str(workspace.store.root), "--until-empty")
-        until(stepping(workspace, runs), 300)
+        until(stepping(workspace, runs, 2), 300)
         (trainer,) = children(worker.pid)
         if victim == "worker":
             os.kill(worker.pid, signal.SIGKILL)

@@ -269,9 +269,10 @@ class TrainingSlot:
         return [ticket.result() for ticket in self.submit(inputs, options)]
 
     def submit(self, inputs: Sequence[Input], options: SamplingParams | None = None) -> list[Ticket]:
-        """The tickets of these answers."""
+        """The tickets of these answers. One pass takes as many of the inputs as fit, whatever else the engine does."""
         named, kind = self._current(), self.task.request
-        return [self._engine.submit(kind, each, named, options, tenant=self.tenant) for each in inputs]
+        with self._engine.together():
+            return [self._engine.submit(kind, each, named, options, tenant=self.tenant) for each in inputs]
 
     def save(self) -> Adapter:
         return self._run(self._local.save)
