@@ -13,12 +13,13 @@ import io
 import json
 import re
 import shutil
+import sqlite3
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,12 @@ def serving(workspace: Workspace, slots: int = 0) -> Iterator[tuple[str, Service
 @contextmanager
 def training_beside(workspace: Workspace, copy: Path) -> Iterator[str]:
     """A server on a copy of the store, as `turret serve --train` starts it: three trainings are under way."""
-    shutil.copytree(workspace.store.root, copy)
+    shutil.copytree(workspace.store.root, copy, ignore=shutil.ignore_patterns("turret.db*"))
+    with (
+        closing(sqlite3.connect(workspace.store.root / "turret.db")) as own,  # it may be open: a file alone is no copy
+        closing(sqlite3.connect(copy / "turret.db")) as other,
+    ):
+        own.backup(other)
     there = Workspace(copy)
     for name, rank in (("news-r4", 4), ("news-r8", 8), ("news-r16", 16)):
         there.queue.submit(recipe(name, LoRA(r=rank, lora_alpha=2 * rank), 400, epochs=8))
