@@ -103,11 +103,13 @@ class TextInputs:
 
     def _one(self, texts: Sequence[str]) -> list[Encoded]:
         """The first tokens of each text."""
+        import torch
+
         room = self.room + len(self._prefix)
         encoded = []
         for ids in self._tokens.plain([self.prefix_text + text for text in texts], most=room):
             row = [*self._before, *ids[:room], *self._after] or [self._tokens.filler]
-            encoded.append(Encoded.of(row, cut=len(ids) > room))
+            encoded.append(Encoded(torch.tensor(row, dtype=torch.long), cut=len(ids) > room))
         return encoded
 
     def _two(self, pairs: Sequence[TextPair]) -> list[Encoded]:
