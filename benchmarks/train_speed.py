@@ -159,8 +159,8 @@ def _in_turns(name: str, steps: int, rounds: int, options: argparse.Namespace, f
 def measure_quality(options: argparse.Namespace, folder: Path) -> None:
     """Every job, seed and side that is not kept yet; the seed draws the examples and starts the weights.
 
-    LoRA and its head start from the same numbers on both sides; a prefix does not, since each side's own start is part
-    of what is compared. A job is left out if one of the scored sides cannot do it.
+    LoRA and its head start from the same numbers on both sides. A prefix does not: each side starts it in its own way,
+    which is compared too. A job runs only if all scored sides can do it.
     """
     for name in options.jobs:
         job = JOBS[name]

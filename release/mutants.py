@@ -43,15 +43,23 @@ TARGETS = {
     "lora": Target(
         "adapters/lora.py",
         (
-            *("adapters/test_lora.py", "adapters/test_start.py", "bundles/test_mixing.py"),
-            *("adapters/test_four_bits.py", "bundles/test_trained_whole.py", "exchange/test_other_methods.py"),
+            "adapters/test_lora.py",
+            "adapters/test_start.py",
+            "bundles/test_mixing.py",
+            "adapters/test_four_bits.py",
+            "bundles/test_trained_whole.py",
+            "exchange/test_other_methods.py",
         ),
     ),
     "hooks": Target(
         "adapters/hooks.py",
         (
-            *("adapters/test_lora.py", "adapters/test_prefix.py", "adapters/test_dropout.py"),
-            *("adapters/test_through_peft.py", "adapters/test_full.py", "engine/test_mixtures.py"),
+            "adapters/test_lora.py",
+            "adapters/test_prefix.py",
+            "adapters/test_dropout.py",
+            "adapters/test_through_peft.py",
+            "adapters/test_full.py",
+            "engine/test_mixtures.py",
         ),
     ),
     "alias-history": Target(
@@ -60,8 +68,12 @@ TARGETS = {
     "statistics": Target(
         "statistics.py",
         (
-            *("experiments/test_e_process.py", "experiments/test_evidence.py", "experiments/test_checks.py"),
-            *("experiments/test_risk_control.py", "compare/test_evidence.py", "compare/test_power.py"),
+            "experiments/test_e_process.py",
+            "experiments/test_evidence.py",
+            "experiments/test_checks.py",
+            "experiments/test_risk_control.py",
+            "compare/test_evidence.py",
+            "compare/test_power.py",
         ),
     ),
     "verdicts": Target(
@@ -70,15 +82,20 @@ TARGETS = {
     "limits": Target(
         "server/limits.py",
         (
-            *("server/test_limits.py", "server/test_connections.py", "server/test_fairness.py"),
-            *("server/test_quotas.py", "server/test_replicas.py"),
+            "server/test_limits.py",
+            "server/test_connections.py",
+            "server/test_fairness.py",
+            "server/test_quotas.py",
+            "server/test_replicas.py",
         ),
         IN_FOLDER,
     ),
     "scopes": Target(
         "server/auth.py",
         (
-            *("server/test_auth.py", "server/test_console_access.py", "server/test_control.py"),
+            "server/test_auth.py",
+            "server/test_console_access.py",
+            "server/test_control.py",
             "server/test_cross_origin.py",
         ),
     ),

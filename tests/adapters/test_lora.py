@@ -202,6 +202,19 @@ def test_a_merged_layer_is_the_layer_with_its_change(parts: tuple[str, ...], tra
     assert {t.dtype for t in change.merged_parameters(layer.bfloat16()).values()} == {torch.bfloat16}
 
 
+@torch.no_grad()
+def test_a_merged_weight_is_the_sum_written_out() -> None:
+    torch.manual_seed(3)
+    A, B = torch.randn(2, 6), torch.randn(4, 2)
+    for layer in (nn.Linear(6, 4), Conv1D(4, 6)):
+        W = layer.weight if isinstance(layer, nn.Linear) else layer.weight.mT
+        expected = torch.tensor(
+            [[W[i, j] + 3 * sum(B[i, k] * A[k, j] for k in range(2)) for j in range(6)] for i in range(4)]
+        )
+        merged = ScaledLayer((A, 3 * B)).merged_parameters(layer)["weight"]
+        torch.testing.assert_close(merged if isinstance(layer, nn.Linear) else merged.mT, expected)
+
+
 def test_a_layer_without_a_bias_takes_what_needs_none() -> None:
     layer = nn.Linear(3, 5, bias=False)
     assert ScaledLayer(output=torch.ones(5)).merged_parameters(layer).keys() == {"weight"}

@@ -62,9 +62,8 @@ def verdicts(repeats: int, seeds: int, examples: int, difference: float, margin:
 
 def test_a_draw_as_extreme_as_the_sample_is_never_more_likely_than_certain() -> None:
     rng = np.random.default_rng(0)
-    assert (
-        sign_flips(np.ones(60), rng, 999) == 1 / 1000
-    )  # of 2^60 signs only two are as extreme: the sample alone counts
+    # of 2^60 signs only two are as extreme: the sample alone counts
+    assert sign_flips(np.ones(60), rng, 999) == 1 / 1000
     assert sign_flips(np.array([1.0, -1.0]), rng, 999) == 1.0
     assert sign_flips(np.array([0.3]), rng, 1200) == 1.0  # every sign is as extreme, in each of the three parts
 

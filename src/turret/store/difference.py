@@ -118,7 +118,7 @@ def _effective(files: Mapping[str, Path]) -> dict[str, _Plain | _Product]:
     found: dict[str, _Plain | _Product] = {}
     for path, file in files.items():
         if path.endswith(".safetensors"):
-            found |= _read_adapter(file)
+            found |= _read_tensors(file)
     config = json.loads(files["adapter_config.json"].read_bytes()) if "adapter_config.json" in files else {}
     if isinstance(config, dict) and config.get("peft_type") == "LORA":
         r, alpha = float(config.get("r") or 1), float(config.get("lora_alpha") or 1)
@@ -132,7 +132,7 @@ def _effective(files: Mapping[str, Path]) -> dict[str, _Plain | _Product]:
     return found
 
 
-def _read_adapter(path: Path) -> dict[str, _Plain | _Product]:
+def _read_tensors(path: Path) -> dict[str, _Plain | _Product]:
     """All tensors of a safetensors file, memory-mapped."""
     from safetensors import SafetensorError, safe_open
 
