@@ -11,7 +11,8 @@ import pytest
 from shelf import TEXTS, agree, reference
 
 from turret.engine import SamplingParams
-from turret.errors import Busy, ContextLengthExceeded
+from turret.engine.request import Ask
+from turret.errors import Busy, ContextLengthExceeded, NotFound
 
 TEXT = "a great film about the bank"
 NAMES = ("a", "b", "c", "d")
@@ -48,6 +49,26 @@ def test_one_pass_answers_all_adapters_with_what_each_says_alone(shelf) -> None:
         assert engine.stats().passes == before + 1
     for name, answer in zip(NAMES, found, strict=True):
         agree([answer], reference(shelf, name, [TEXT]))
+
+
+def test_the_texts_of_one_call_take_one_pass_so_that_their_answers_are_the_same_each_time(shelf) -> None:
+    with shelf.engine() as engine:
+        engine.warm("a")
+        for _ in range(5):
+            before = engine.stats().passes
+            engine.classify([TEXT + " again" * more for more in range(12)], "a")
+            assert engine.stats().passes == before + 1
+
+
+def test_a_request_that_is_refused_takes_those_before_it_along(shelf) -> None:
+    with shelf.engine() as engine:
+        engine.warm("a")
+        asks = [Ask("classify", TEXT, "a"), Ask("classify", TEXT, "nobody")]
+        with pytest.raises(NotFound, match="nobody"):
+            engine.submit_all(asks)
+        assert engine.answers(asks[:1])[0]["label"]
+        assert engine.stats().waiting_tokens == 0
+        assert engine.stats().answers == 1
 
 
 def test_no_pass_begins_before_the_last_one_is_submitted_and_others_are_answered_meanwhile(shelf) -> None:

@@ -29,6 +29,7 @@ from turret.engine.constraint import Constraint
 from turret.engine.decode import choose, token_logprobs
 from turret.engine.input_processor import Prompts
 from turret.engine.request import (
+    Ask,
     Done,
     Failed,
     Group,
@@ -44,7 +45,7 @@ from turret.engine.request import (
 )
 from turret.engine.runner import Outcome, Runner, pass_tokens
 from turret.engine.sampling_params import SamplingParams
-from turret.engine.scheduler import Counters, Scheduler, TrainingTurns
+from turret.engine.scheduler import Counters, Scheduler, TrainingTurns, between_passes
 from turret.engine.sequence import Prefill, RunningSequence
 from turret.engine.slots import Slots
 from turret.engine.structured_output import Guide
@@ -341,56 +342,6 @@ def _unexpected_error(error: Exception) -> EngineError:
 T = TypeVar("T")
 VLLM_TOKENS = 65_536  # of prompts that begin at once, if vLLM computes: it divides them into passes itself
 
-# --- calls ------------------------------------------------------------------------------------------------------------
-# Many texts in one call: one request for each text, as many at a time as the queue takes.
-
-
-def answers(
-    submit: Callable[..., Ticket],
-    kind: Kind,
-    texts: Sequence[str],
-    adapter: str | None,
-    options: SamplingParams | None,
-    limits: Limits,
-    priority: int,
-    deadline: float | None,
-) -> list[Answer]:
-    """The answers, in the order of the texts. The first error fails the call and cancels the other requests.
-
-    Args:
-        submit: `Engine.submit`; the other arguments are its own.
-
-    Raises:
-        DataError: For one string, or for too few or too many texts.
-        TurretError: The error of the first request that failed.
-    """
-    most = limits.max_inputs
-    if isinstance(texts, str) or not texts or len(texts) > most:
-        given = "one text" if isinstance(texts, str) else f"{len(texts)} texts"
-        raise DataError(f"expected a list of 1 to {most} texts (limit max_inputs), given {given}")
-    ask = functools.partial(submit, kind, adapter=adapter, options=options, priority=priority, deadline=deadline)
-    tickets: list[Ticket] = []
-    try:
-        for text in texts:
-            tickets.append(submit_text(text, ask, tickets))
-        return [ticket.result() for ticket in tickets]
-    finally:
-        for ticket in tickets:
-            ticket.cancel()
-
-
-def submit_text(text: T, submit: Callable[[T], Ticket], before: Sequence[Ticket]) -> Ticket:
-    """The ticket of a text. While the queue is full, wait for the earlier texts of this call."""
-    while True:
-        try:
-            return submit(text)
-        except Busy:
-            first = next((each for each in before if not each.done), None)
-            if first is None:
-                raise
-            first.result()
-
-
 # --- core -------------------------------------------------------------------------------------------------------------
 
 
@@ -544,7 +495,7 @@ class Engine:
     ) -> list[Answer]:
         """`{"label", "probabilities", "prompt_tokens"}` for each text, in order; with a coverage also `label_set`."""
         options = None if coverage is None else SamplingParams(coverage=coverage)
-        return answers(self.submit, "classify", texts, adapter, options, self.limits, priority, deadline)
+        return self.answers(self._asks("classify", texts, adapter, options), priority=priority, deadline=deadline)
 
     def generate(
         self,
@@ -556,7 +507,56 @@ class Engine:
         deadline: float | None = None,
     ) -> list[Answer]:
         """`{"text", "finish_reason", "tokens", "prompt_tokens"}` for each text, in order. Raises as `submit` does."""
-        return answers(self.submit, "generate", texts, adapter, options, self.limits, priority, deadline)
+        return self.answers(self._asks("generate", texts, adapter, options), priority=priority, deadline=deadline)
+
+    def _asks(self, kind: Kind, texts: Sequence[str], adapter: str | None, options: SamplingParams | None) -> list[Ask]:
+        """One request for each text. Raises DataError for one string, or for too few or too many texts."""
+        most = self.limits.max_inputs
+        if isinstance(texts, str) or not texts or len(texts) > most:
+            given = "one text" if isinstance(texts, str) else f"{len(texts)} texts"
+            raise DataError(f"expected a list of 1 to {most} texts (limit max_inputs), given {given}")
+        return [Ask(kind, text, adapter, options or SamplingParams()) for text in texts]
+
+    def answers(
+        self, asks: Sequence[Ask], *, priority: int = 0, deadline: float | None = None, tenant: str = ""
+    ) -> list[Answer]:
+        """The answers to several requests, in order. The first error is raised, and cancels the other requests.
+
+        They are submitted `together`. Raises as `submit` does, and what a request failed with.
+        """
+        tickets, found = self.submit_all(asks, priority=priority, deadline=deadline, tenant=tenant), list[Answer]()
+        try:
+            for ticket in tickets:
+                found.append(ticket.result())
+                between_passes()
+            return found
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
+
+    def submit_all(
+        self, asks: Sequence[Ask], *, priority: int = 0, deadline: float | None = None, tenant: str = ""
+    ) -> list[Ticket]:
+        """The tickets of several requests, submitted `together`. One that is refused cancels those before it."""
+        tickets = list[Ticket]()
+        try:
+            with self.together():
+                for ask in asks:
+                    own = self.submit(
+                        ask.kind,
+                        ask.text,
+                        ask.adapter,
+                        ask.options,
+                        priority=priority,
+                        deadline=deadline,
+                        tenant=tenant,
+                    )
+                    tickets.append(own)
+        except BaseException:
+            for ticket in tickets:
+                ticket.cancel()
+            raise
+        return tickets
 
     def compile(self, constraint: Constraint) -> None:
         """Compile a constraint, so that a request with it is submitted at once. May take seconds. Raises DataError."""

@@ -395,6 +395,20 @@ class Group:
     encoded: dict[Hashable, tuple[list[int], list[int] | None, bool]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Ask:
+    """One request, as `Engine.submit` takes it.
+
+    Args:
+        adapter: a reference, or what `Engine.hold` returned; None: the bare base.
+    """
+
+    kind: Kind
+    text: Input | Row
+    adapter: str | Named | None = None
+    options: SamplingParams = field(default_factory=SamplingParams)
+
+
 @dataclass(eq=False)
 class Request:
     """One text on its way through the engine."""

@@ -17,14 +17,13 @@ Source: Zhao et al. 2021, "Calibrate Before Use"; Yin et al. 2019, "Benchmarking
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from turret.data import Pair
-from turret.engine.request import Kind, Named, Ticket
+from turret.engine.request import Ask, Named
 from turret.engine.sampling_params import SamplingParams
 from turret.errors import BaseModelError, DataError, shown
 from turret.families.family import Family
@@ -105,15 +104,6 @@ class Untrained:
         return own if self.label_mass is None else own | {"label_mass": self.label_mass}
 
 
-@dataclass(frozen=True)
-class Ask:
-    """One request to an engine."""
-
-    kind: Kind
-    row: Sequence[int]
-    options: SamplingParams
-
-
 class ReadBase(Protocol):
     """What is asked of a base before its engine is."""
 
@@ -178,7 +168,7 @@ class ByWords:
         return ()
 
     def about(self, text: str) -> Sequence[Ask]:
-        return [Ask("generate", self._prompt(text).ids.tolist(), SamplingParams(scored=self._targets))]
+        return [Ask("generate", self._prompt(text).ids.tolist(), options=SamplingParams(scored=self._targets))]
 
     def _prompt(self, text: str) -> Encoded:
         """With as many characters of the text as there is room for, found by doubling and halving.
@@ -226,8 +216,8 @@ class BySimilarity:
 
     def _embed(self, text: str) -> Ask:
         if self._task is not None:
-            return Ask("embed", self._task.encode_sources([text])[0].ids.tolist(), SamplingParams())
-        return Ask("embed", self._tokens.row(text, self._room), SamplingParams())
+            return Ask("embed", self._task.encode_sources([text])[0].ids.tolist())
+        return Ask("embed", self._tokens.row(text, self._room))
 
     def scores(self, first: Sequence[Answer], answers: Sequence[Answer]) -> list[float]:
         (own,) = answers
@@ -295,26 +285,15 @@ def decide(
         prior: divide out what is answered about an empty text.
     """
     way = way_of(engine.base, question, task, room=engine.longest)
-    first = _answers(engine, way.first(), adapter)
-    empty = _answers(engine, way.about(EMPTY), adapter) if prior else None
+
+    def answers(asks: Sequence[Ask]) -> list[Answer]:
+        return engine.answers([replace(ask, adapter=adapter) for ask in asks])
+
+    first = answers(way.first())
+    empty = answers(way.about(EMPTY)) if prior else None
     found = list[Untrained]()
     for start in range(0, len(texts), TOGETHER):
         asks = [way.about(text) for text in texts[start : start + TOGETHER]]
-        answers = iter(_answers(engine, [ask for own in asks for ask in own], adapter))
-        found += [combine_answers(way, first, [next(answers) for _ in own], empty) for own in asks]
+        left = iter(answers([ask for own in asks for ask in own]))
+        found += [combine_answers(way, first, [next(left) for _ in own], empty) for own in asks]
     return found
-
-
-def _answers(engine: Engine, asks: Sequence[Ask], adapter: Named | None) -> list[Answer]:
-    """The answers, in order. While the queue is full, wait for the earlier ones."""
-    from turret.engine.core import submit_text
-
-    tickets: list[Ticket] = []
-    try:
-        for each in asks:
-            ask = functools.partial(engine.submit, each.kind, adapter=adapter, options=each.options)
-            tickets.append(submit_text(each.row, ask, tickets))
-        return [ticket.result() for ticket in tickets]
-    finally:
-        for ticket in tickets:
-            ticket.cancel()

@@ -17,6 +17,7 @@ from turret import data
 from turret.access import Access
 from turret.engine import LoadedAdapter, Named, SamplingParams, Stats, Ticket
 from turret.engine.constraint import Constraint
+from turret.engine.request import Row
 from turret.errors import BadRequest, NotFound, ServeRefused, TurretError
 from turret.reference import Reference, parts_of
 from turret.store import Version
@@ -26,7 +27,7 @@ from turret.transformer import Tokenizer
 if TYPE_CHECKING:
     from turret.engine import Engine  # tests replace it with an echo
 
-Input: TypeAlias = data.Input | Sequence[int]  # a text, two, a conversation, or token ids that are used unchanged
+Input: TypeAlias = data.Input | Row  # a text, two, a conversation, or token ids that are used unchanged
 REMEMBERED = 4096  # versions whose base is known
 
 

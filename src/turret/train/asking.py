@@ -7,7 +7,6 @@ those of transformers' `generate`, and `Asking.why_plain` says why.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from types import TracebackType
 
 import torch
@@ -27,9 +26,8 @@ from turret.data import Example, Input
 from turret.engine.cache import capacity
 from turret.engine.core import Engine
 from turret.engine.decode import base_settings
-from turret.engine.request import Limits, Named
+from turret.engine.request import Ask, Limits, Named
 from turret.engine.sampling_params import SamplingParams
-from turret.engine.scheduler import between_passes
 from turret.errors import AdapterError, BaseModelError
 from turret.families.family import Pooling
 from turret.methods import Head
@@ -257,7 +255,9 @@ class Asking:
         """The answers, in order. The first error is raised, and cancels the other questions."""
         engine = self._start_engine(cache_tokens)
         named = None if kind == "embed" and bare else self._held[0 if bare else -1]
-        return _answer_rows(engine, kind, [(source, named, own) for source, own in zip(sources, options, strict=True)])
+        return engine.answers(
+            [Ask(kind, source.tolist(), named, own) for source, own in zip(sources, options, strict=True)]
+        )
 
     def _start_engine(self, cache_tokens: int) -> Engine:
         """The engine, with a KV cache for at least so many tokens."""
@@ -311,28 +311,13 @@ def logits_of_each(base: Base, asked: Sequence[tuple[Adapter, Task, Sequence[Hea
         asks = []
         for number, place in order:
             ids, read = asked[number][2][place]
-            asks.append((ids, held[number], SamplingParams(logits=True, read=_places(read))))
-        answers = dict(zip(order, _answer_rows(engine, "classify", asks), strict=True))
+            options = SamplingParams(logits=True, read=_places(read))
+            asks.append(Ask("classify", ids.tolist(), held[number], options))
+        answers = dict(zip(order, engine.answers(asks), strict=True))
     for number in mixed:
         _, task, rows = asked[number]
         found[number] = _outputs(task, [answers[number, place] for place in range(len(rows))])
     return [found[number] for number in range(len(asked))]
-
-
-def _answer_rows(
-    engine: Engine, kind: RequestKind, asks: Sequence[tuple[Tensor, Named | None, SamplingParams]]
-) -> list[Answer]:
-    """The answer to each row, in order. The first error is raised, and cancels the other rows."""
-    with ExitStack() as stack:
-        tickets, found = [], list[Answer]()
-        with engine.together():
-            for source, named, own in asks:
-                tickets.append(engine.submit(kind, source.tolist(), named, own))
-                stack.callback(tickets[-1].cancel)
-        for ticket in tickets:
-            found.append(ticket.result())
-            between_passes()
-        return found
 
 
 def _limits(batch_tokens: int, cache_tokens: int, running: int) -> Limits:

@@ -22,7 +22,7 @@ from turret.bases.base import share
 from turret.data import Dataset, Example, Input
 from turret.engine.core import Engine
 from turret.engine.protocol import Loss, OptimStep
-from turret.engine.request import Named, Ticket
+from turret.engine.request import Ask, Named, Ticket
 from turret.engine.sampling_params import SamplingParams
 from turret.errors import TrainingError
 from turret.json_types import Plain
@@ -266,13 +266,15 @@ class TrainingSlot:
 
     def sample(self, inputs: Sequence[Input], options: SamplingParams | None = None) -> list[Answer]:
         """An answer for each input by the adapter as it is now, from the engine that serves."""
-        return [ticket.result() for ticket in self.submit(inputs, options)]
+        return self._engine.answers(self._asks(inputs, options), tenant=self.tenant)
 
     def submit(self, inputs: Sequence[Input], options: SamplingParams | None = None) -> list[Ticket]:
         """The tickets of these answers. One pass takes as many of the inputs as fit, whatever else the engine does."""
-        named, kind = self._current(), self.task.request
-        with self._engine.together():
-            return [self._engine.submit(kind, each, named, options, tenant=self.tenant) for each in inputs]
+        return self._engine.submit_all(self._asks(inputs, options), tenant=self.tenant)
+
+    def _asks(self, inputs: Sequence[Input], options: SamplingParams | None) -> list[Ask]:
+        named = self._current()
+        return [Ask(self.task.request, each, named, options or SamplingParams()) for each in inputs]
 
     def save(self) -> Adapter:
         return self._run(self._local.save)

@@ -15,6 +15,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BaseModel, Field
 
 from turret.engine import untrained
+from turret.engine.request import Ask
 from turret.errors import AdapterError, BadRequest, NotFound, listed, shown
 from turret.json_types import JsonObject, Plain
 from turret.server import limits
@@ -226,7 +227,7 @@ async def _by_the_base(asker: Asker, body: Body, text: str, asked: Sequence[Aske
     asks = [ask for _, *parts in ways for part in parts for ask in part]
     if len(asks) > limits.MOST_INPUTS:
         raise BadRequest(f"these questions need {len(asks)} rows of a base, at most {limits.MOST_INPUTS}: ask fewer")
-    rows, options = [ask.row for ask in asks], [ask.options for ask in asks]
+    rows, options = [ask.text for ask in asks], [ask.options for ask in asks]
     pending, answers = await asker.answers(asks[0].kind, body, rows, options)
     left, verdicts = iter(answers), []
     for own, (way, *parts) in zip(asked, ways, strict=True):
@@ -236,7 +237,7 @@ async def _by_the_base(asker: Asker, body: Body, text: str, asked: Sequence[Aske
     return body.model, sum(map(prompt_tokens, answers)), verdicts
 
 
-Asks = Sequence[untrained.Ask]
+Asks = Sequence[Ask]
 
 
 def _ways(view: View, body: Body, text: str, asked: Sequence[Asked]) -> list[tuple[untrained.Way, Asks, Asks, Asks]]:
