@@ -51,6 +51,7 @@ BETTER = 0.02  # the share by which the mean's loss must be lower
 STEPS = 600  # most in which the adapter learns the mean
 WARMUP = 0.1  # of those steps
 TIMED = 32  # examples whose features are timed
+ITERATIONS_TIMED = 10
 SAY_SECONDS = 10.0  # between lines of progress
 SLOT = f"slots.{adapters.ATTACHED}."  # in the names of a head's trained copy
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -132,15 +133,21 @@ class HeadStart:
         read = self.features(sample)
         reading = (clock() - started) / len(sample) * min(count, MOST_EXAMPLES)
         targets = self.task.targets([examples[place] for place in spread_indices(count, MOST_TRIED)])
-        features = torch.randn(len(targets), read.shape[1], generator=torch.Generator().manual_seed(0))
-        begin = features.new_zeros(len(self.layer.weight), features.shape[1] + 1)
-        started = clock()
-        _minimise(features, targets, self.task.loss, 1.0, begin, iterations=1)
-        solving = (clock() - started) * ITERATIONS * FOLDS * len(PENALTIES)
         draws = draws_of(min(count, MOST_EXAMPLES), len(self.layer.weight))
+        solving = self._seconds_of_penalties(targets.repeat(draws, *(1 for _ in targets.shape[1:])), read, clock)
         if not self._may_learn:
-            return (1 + draws) * reading + draws * solving
-        return (2 + draws) * reading + (1 + draws) * solving + min(2 * steps, STEPS) * step
+            return (1 + draws) * reading + 2 * solving
+        return (3 + draws) * reading + 3 * solving + min(2 * steps, STEPS) * step
+
+    def _seconds_of_penalties(self, targets: Tensor, read: Tensor, clock: Callable[[], float]) -> float:
+        """The time of a cross-validation in which every penalty is tried and takes all its iterations."""
+        features = torch.randn(len(targets), read.shape[1], generator=torch.Generator().manual_seed(0))
+        begin, seconds = features.new_zeros(len(self.layer.weight), features.shape[1] + 1), list[float]()
+        for iterations in (1, 1, 1 + ITERATIONS_TIMED):  # the very first one also loads and warms what it calls
+            started = clock()
+            _minimise(features, targets, self.task.loss, PENALTIES[-1], begin, iterations)
+            seconds.append(clock() - started)
+        return max(0.0, seconds[2] - seconds[1]) / ITERATIONS_TIMED * ITERATIONS * FOLDS * len(PENALTIES)
 
     @property
     def _may_learn(self) -> bool:
