@@ -86,7 +86,7 @@ PATHS = {
 def patches(name: str, engine: Any) -> list[Patch]:
     """How each path is switched off: the one place that knows."""
     from turret.adapters import attention, layers
-    from turret.engine import decode, runner
+    from turret.engine import runner, sampler
     from turret.ops import lora
     from turret.ops.core import Ops
     from turret.ops.cpu import compiled
@@ -106,7 +106,7 @@ def patches(name: str, engine: Any) -> list[Patch]:
         "layer": lambda: [(layers.LayerHook, "_block", none)],
         "lay_out": lambda: [(CpuOps, "lay_out", Ops.lay_out)],
         "long passes": lambda: [(engine._scheduler, "batch_tokens", runner.SHORT_PASS)],
-        "top_p of few": lambda: [(decode, "LOOKED_AT", 1 << 30)],
+        "top_p of few": lambda: [(sampler, "LOOKED_AT", 1 << 30)],
     }[name]()  # fmt: skip
 
 

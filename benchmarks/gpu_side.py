@@ -89,9 +89,9 @@ def _decodes_by_turret(job: Job, base: Any, method: Any, task: Any) -> Decode:
 
     from turret import adapters
     from turret.adapters import Adapter
-    from turret.engine.decode import choose
     from turret.engine.request import GenerationSettings
     from turret.engine.runner import Runner
+    from turret.engine.sampler import choose
     from turret.engine.sequence import DecodeStep, Prefill
 
     random_ones = method.model_copy(update={"init_lora_weights": False})

@@ -15,10 +15,10 @@ from adapters_at_hand import GENERATES, made
 from decoding_rows import Row
 from pretend_gpu import OnCard, on_cpu, pretend_gpu, to_gpu
 
-from turret.engine.decode import choose
 from turret.engine.protocol import OptimStep
 from turret.engine.request import GenerationSettings
 from turret.engine.runner import Runner
+from turret.engine.sampler import choose
 from turret.engine.sequence import DecodeStep, Prefill
 from turret.errors import AdapterError
 from turret.methods import LoRA

@@ -144,8 +144,8 @@ def test_a_masked_row_leaves_the_scores_of_other_rows_bit_equal(base) -> None:
     import torch
     from decoding_rows import Row
 
-    from turret.engine.decode import choose
     from turret.engine.request import GenerationSettings
+    from turret.engine.sampler import choose
     from turret.engine.structured_output import Constraints, Guide
 
     constraints = Constraints(base.tokenizer, byte_level.VOCABULARY, [base.tokenizer.eos_token_id])

@@ -26,7 +26,6 @@ from turret.data import Input
 from turret.engine.adapter_loader import AdapterLoader, AdapterSource, Need, Warm, WithAdaptersInMemory
 from turret.engine.adapter_pool import AdapterTensors
 from turret.engine.constraint import Constraint
-from turret.engine.decode import choose, token_logprobs
 from turret.engine.input_processor import Prompts
 from turret.engine.request import (
     Ask,
@@ -44,6 +43,7 @@ from turret.engine.request import (
     log_failure,
 )
 from turret.engine.runner import Outcome, Runner, pass_tokens
+from turret.engine.sampler import choose, token_logprobs
 from turret.engine.sampling_params import SamplingParams
 from turret.engine.scheduler import Counters, Scheduler, TrainingTurns, between_passes
 from turret.engine.sequence import Prefill, RunningSequence

@@ -11,8 +11,8 @@ from turret.bases.base import Base
 from turret.data import Input, Prompt, TextPair
 from turret.engine.adapter_pool import AdapterTensors
 from turret.engine.cache import capacity
-from turret.engine.decode import base_settings, resolve_settings
 from turret.engine.request import MAX_TOKENS, Kind, Limits, Named, Receipt, Request, Row, Ticket
+from turret.engine.sampler import base_settings, resolve_settings
 from turret.engine.sampling_params import SamplingParams
 from turret.engine.sequence import CONTEXT_TOKENS
 from turret.engine.structured_output import Constraints

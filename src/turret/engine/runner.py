@@ -23,8 +23,8 @@ from turret.bases.base import Base, spare
 from turret.bases.device import gpu_memory
 from turret.engine.adapter_pool import AdapterPool
 from turret.engine.cache import KeyValueCache, KVSlot, PassCache
-from turret.engine.decode import TokenLogprobs, token_logprobs
 from turret.engine.request import Limits, common, limits_within
+from turret.engine.sampler import TokenLogprobs, token_logprobs
 from turret.engine.sequence import DecodeStep, Prefill, TextTokens
 from turret.ops.core import to_device
 from turret.ops.table import narrows, of

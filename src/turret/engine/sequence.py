@@ -11,8 +11,8 @@ from torch import Tensor
 
 from turret.adapters.batch_context import BARE
 from turret.engine.cache import KeyValueCache, KVSlot
-from turret.engine.decode import TokenLogprobs, adjust
 from turret.engine.request import GenerationSettings, Request
+from turret.engine.sampler import TokenLogprobs, adjust
 from turret.engine.structured_output import Guide
 from turret.families.family import Pooling
 from turret.ops.core import to_device

@@ -32,9 +32,9 @@ from turret.bundles.bundle import save_bundle
 from turret.bundles.gguf_lora import max_lora_rank
 from turret.engine.adapter_pool import AdapterTensors, tensor_layout
 from turret.engine.constraint import WHITE_SPACE
-from turret.engine.decode import TokenLogprobs
 from turret.engine.input_processor import Prompts
 from turret.engine.request import Done, Failed, GenerationSettings, Limits, Request, VllmServer, log_failure
+from turret.engine.sampler import TokenLogprobs
 from turret.engine.sequence import RunningSequence
 from turret.errors import AdapterError, DataError, Draining, EngineError, ServeRefused, TurretError, one_line
 from turret.json_types import JsonObject, Plain

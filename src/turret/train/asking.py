@@ -25,8 +25,8 @@ from turret.bases.sharded import parts_of
 from turret.data import Example, Input
 from turret.engine.cache import capacity
 from turret.engine.core import Engine
-from turret.engine.decode import base_settings
 from turret.engine.request import Ask, Limits, Named
+from turret.engine.sampler import base_settings
 from turret.engine.sampling_params import SamplingParams
 from turret.errors import AdapterError, BaseModelError
 from turret.families.family import Pooling

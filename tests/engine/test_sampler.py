@@ -10,8 +10,8 @@ import transformers
 from decoding_rows import Row
 from small_models import build, tokenizer
 
-from turret.engine.decode import adjust, base_settings, choose, choose_together, draw, resolve_settings
 from turret.engine.request import GenerationSettings, SamplingParams
+from turret.engine.sampler import adjust, base_settings, choose, choose_together, draw, resolve_settings
 from turret.errors import BaseModelError, DataError
 
 V = 50
