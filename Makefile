@@ -111,7 +111,8 @@ reports: $(STAMP)  ## the reports of `turret compare` in docs/reports, or one: m
 reference: $(STAMP)  ## write the generated parts of docs/reference from the code
 	$(BIN)/python release/make_reference.py
 
-docs: $(STAMP) reference  ## the documentation as pages, in site/; a dead link fails
+docs: $(STAMP) reference  ## the documentation as pages, in site/; a dead link or a figure that no result says fails
+	$(BIN)/python benchmarks/figures.py --check
 	$(BIN)/mkdocs build --strict
 
 clean:  ## forget the set-up and all caches

@@ -152,12 +152,12 @@ def test_a_ratio_has_an_interval_that_covers_it_as_often_as_it_says() -> None:
     assert last == "2.0x 2.0x [2.0, 2.0]"
 
 
+@pytest.mark.slow
 def test_every_block_and_chart_is_what_the_results_say() -> None:
     run(str(BENCHMARKS / "figures.py"), "--check")
 
 
-@pytest.mark.slow
-def test_a_figure_that_was_changed_by_hand_is_noticed() -> None:
+def test_the_readme_says_what_the_results_say_and_a_figure_changed_by_hand_is_noticed() -> None:
     program = (
         "import figures\n"
         "page = figures.PAGES[0].read_text(encoding='utf-8')\n"

@@ -79,19 +79,30 @@ def test_every_method_is_proven(folders: dict[str, Path], tmp_path: Path, family
     assert report["rows"] == 4
 
 
+@pytest.fixture
+def fresh(forked_proofs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every proof starts a process, as outside tests."""
+    monkeypatch.setattr(proof, "_run", forked_proofs)
+
+
 @pytest.mark.slow
-def test_a_fresh_process_says_the_same_and_what_it_refuses_is_one_line(
-    folders: dict[str, Path], tmp_path: Path
+def test_a_fresh_process_says_what_a_forked_one_does(
+    folders: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     on, asked, _ = trained(folders["bert"], tmp_path / "bundle")
+    forked = prove(tmp_path / "bundle", on, asked)
+    request.getfixturevalue("fresh")
     report = prove(tmp_path / "bundle", on, asked)
+    assert {**report, "seconds": 0} == {**forked, "seconds": 0}
     assert report["problem"] is None
     assert report["fingerprint"] == on.fingerprint
     assert report["tensors"] > 8
 
 
 @pytest.mark.slow
-def test_a_bundle_that_is_broken_fails_its_proof_in_one_line(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_bundle_that_is_broken_fails_its_proof_in_one_line(
+    folders: dict[str, Path], tmp_path: Path, fresh: None
+) -> None:
     on, asked, _ = trained(folders["bert"], tmp_path / "bundle")
     weights = tmp_path / "bundle" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
@@ -99,7 +110,7 @@ def test_a_bundle_that_is_broken_fails_its_proof_in_one_line(folders: dict[str, 
         prove(tmp_path / "bundle", on, asked)
 
 
-def test_a_proof_without_an_answer_says_so(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_proof_without_an_answer_says_so(folders: dict[str, Path], tmp_path: Path, fresh: None) -> None:
     on, asked, _ = trained(folders["bert"], tmp_path / "bundle")
     with pytest.raises(ProofFailed, match=r"wrote no report \(it took longer than 0 s"):
         prove(tmp_path / "bundle", on, asked, timeout=0.05)
