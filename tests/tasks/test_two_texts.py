@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import small_models
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import cohen_kappa_score
+from sklearn.metrics import cohen_kappa_score, ndcg_score
 from small_models import FAMILIES, tokenizer
 from small_tables import load
 from torch.nn import functional as F
@@ -25,6 +26,7 @@ from turret.errors import DataError
 from turret.recipe import Task
 from turret.tasks import make_task, metrics, task_from_spec
 from turret.tasks.regression import Regression
+from turret.tasks.rerank import Rerank
 from turret.tasks.score import Score
 from turret.tasks.text_pairs import TextPairs
 from turret.train.batches import EncodedRows
@@ -297,3 +299,82 @@ def test_levels_are_calibrated_and_their_sets_hold_the_answer() -> None:
     sets = fitted.label_sets(logits, 0.9)
     inside = sum(task.labels[right] in each for right, each in zip(wanted.tolist(), sets, strict=True)) / 400
     assert 0.88 <= inside <= 0.95
+
+
+# --- relevance -------------------------------------------------------------------------------------------------------
+
+
+def relevance(highest: float = 1.0) -> Rerank:
+    return Rerank(TOKENIZERS["bert"], highest=highest)
+
+
+def graded(queries: int = 12, passages: int = 14, highest: int = 3, seed: int = 0) -> tuple[list[Scored], torch.Tensor]:
+    """Passages with a grade for each query, shuffled, and logits that know a little of the grades."""
+    draw = torch.Generator().manual_seed(seed)
+    grades = torch.randint(0, highest + 1, (queries, passages), generator=draw)
+    logits = grades.double().flatten()[:, None] + torch.randn(queries * passages, 1, generator=draw).double()
+    rows = [
+        Scored(TextPair(f"query {query}", f"passage {passage}"), float(grades[query, passage]))
+        for query in range(queries)
+        for passage in range(passages)
+    ]
+    order = torch.randperm(len(rows), generator=draw).tolist()
+    return [rows[place] for place in order], logits[order]
+
+
+def test_relevance_is_measured_as_scikit_learn_measures_it() -> None:
+    task, (examples, logits) = relevance(highest=3.0), graded()
+    targets = task.targets(examples)
+    found = task.metrics(logits, targets)
+    by_query: dict[str, tuple[list[float], list[float]]] = {}
+    for example, logit in zip(examples, logits[:, 0].tolist(), strict=True):
+        true, given = by_query.setdefault(example.text.text, ([], []))
+        true.append(example.value / 3)
+        given.append(logit)
+    assert len(by_query) == 12
+    assert found["ndcg"] == pytest.approx(
+        sum(ndcg_score([true], [given], k=10) for true, given in by_query.values()) / len(by_query)
+    )
+    ranks = [
+        1 + sum(other > max(g for g, t in zip(given, true, strict=True) if t > 0) for other in given)
+        for true, given in by_query.values()
+    ]
+    assert found["mrr"] == pytest.approx(sum(1 / rank for rank in ranks) / len(ranks))
+    shares = [example.value / 3 for example in examples]
+    given = logits[:, 0].sigmoid().tolist()
+    assert found["accuracy"] == sum((a >= 0.5) == (b >= 0.5) for a, b in zip(given, shares, strict=True)) / len(shares)
+    losses = [-b * math.log(a) - (1 - b) * math.log(1 - a) for a, b in zip(given, shares, strict=True)]
+    assert found["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    mean = sum(shares) / len(shares)
+    assert task.guessing_loss(examples) == pytest.approx(-mean * math.log(mean) - (1 - mean) * math.log(1 - mean))
+    worse = task.metrics(-logits, targets)
+    assert all(worse[each] < found[each] for each in ("accuracy", "mrr", "ndcg")), "the control"
+
+
+def test_a_temperature_changes_how_sure_relevance_is_and_no_rank() -> None:
+    task, (examples, logits) = relevance(highest=3.0), graded(queries=60)
+    logits = 6 * (logits - logits.mean())  # far too sure
+    calibrated = task.calibrated(logits, examples, chose_weights=False)
+    targets = task.targets(examples)
+    before, after = task.metrics(logits, targets), calibrated.metrics(logits, targets)
+    assert after["ece"] < before["ece"]
+    assert after["loss"] < before["loss"]
+    assert [after[each] for each in ("accuracy", "mrr", "ndcg")] == [
+        before[each] for each in ("accuracy", "mrr", "ndcg")
+    ]
+    again = task_from_spec(json.loads(json.dumps(calibrated.spec())), TOKENIZERS["bert"])
+    assert again.metrics(logits, targets) == after
+    assert again.spec() == calibrated.spec()
+
+
+def test_relevance_is_a_share_of_the_highest_and_never_below_zero() -> None:
+    task = relevance(highest=2.0)
+    pair = TextPair("a film", "a great film")
+    rows = [Scored(pair, 0.0), Scored(pair, 1.0), Scored(pair, 2.0), Scored(TextPair("a book", "a film"), 4.0)]
+    assert task.targets(rows).tolist() == [[0.0, 0.0], [0.5, 0.0], [1.0, 0.0], [1.0, 1.0]]
+    assert [task.score("0.6", row) for row in rows] == [0.0, 1.0, 1.0, 1.0]
+    assert [task.score("0.4", row) for row in rows] == [1.0, 0.0, 0.0, 0.0]
+    with pytest.raises(DataError, match=r"the relevance -1 is below 0"):
+        task.targets([Scored(pair, -1.0)])
+    with pytest.raises(DataError, match=r"no passage of the training table is relevant"):
+        relevance(highest=0.0)
