@@ -119,7 +119,8 @@ def test_columns_that_do_not_fit_are_refused_with_those_that_are_there(
 
 def test_unknown_columns_are_listed_with_the_setting_that_names_them(tmp_path: Path) -> None:
     rows = [{"a": "x", "b": "y"}] * 3
-    with pytest.raises(DataError, match=r"cannot tell which columns to use; the columns are 'a', 'b': set data.text"):
+    said = r"cannot tell which columns to use; the columns are 'a', 'b': set data.text.*`turret init FILE`"
+    with pytest.raises(DataError, match=said):
         load(write_csv(tmp_path / "t.csv", rows))
 
 

@@ -461,7 +461,10 @@ def _not_found(given: Mapping[str, str], columns: Sequence[str], only: Schema | 
         options = " ".join(map(_option, roles))
         remedy = f"set {', '.join(keys[:-1])} and {keys[-1]} ({options})"
     else:
-        remedy = "set data.text and data.label (--text, --label) to classify, or --prompt and --completion to write"
+        remedy = (
+            "set data.text and data.label (--text, --label) to classify, or --prompt and --completion to write; "
+            "`turret init FILE` looks for them in the cells"
+        )
     return f"cannot tell which columns to use; the columns are {list_columns(columns)}: {remedy}"
 
 
