@@ -118,6 +118,29 @@ def test_a_training_keeps_what_its_version_got_wrong_on_held_out_examples(traine
         trained.workspace.run_report("20000101-000000-000000")
 
 
+def test_an_evaluation_says_how_many_of_its_examples_training_used(trained, tmp_path) -> None:
+    own = trained.folder / "reviews"
+
+    def said(path: Path) -> list[str]:
+        return [note for note in trained.workspace.evaluate("reviews", path).notes if "trained on" in note]
+
+    mixed = table(tmp_path / "mixed.csv", ["text", "label"], [*rows(30, 20), *rows(100, 5), *rows(200, 8)])
+    assert said(mixed) == [
+        "reviews@1 was trained on 15 of 33 examples, so its scores are too high: measure on examples that training "
+        "left out"
+    ]
+    assert said(own / "test.csv") == [], "the control: held out"
+    kept = (own / "train.csv").read_bytes()
+    try:
+        table(own / "train.csv", ["text", "label"], rows(0, 39))
+        assert said(mixed) == [], "these rows are not the version's any more"
+        (own / "train.csv").unlink()
+        assert said(mixed) == []
+    finally:
+        (own / "train.csv").write_bytes(kept)
+    assert len(said(mixed)) == 1
+
+
 PROMPT = Prompt((Turn("system", "be brief"), Turn("user", "hi")))
 
 

@@ -38,7 +38,7 @@ from turret.workspace import answering
 from turret.workspace.answering import mount_version
 from turret.workspace.cells import write_text
 from turret.workspace.progress import Say, silent
-from turret.workspace.reading import LabelledData, PanelData, PanelQuestion, read_labelled
+from turret.workspace.reading import LabelledData, PanelData, PanelQuestion, read_labelled, trained_on_note
 from turret.workspace.resident import load_base, read_adapter
 from turret.workspace.results import Evaluation, PanelEvaluation
 
@@ -56,7 +56,7 @@ def evaluate(
         found = answer_split(ready.task, ready.asking, labelled.examples)
         details = found.details(ready.task, labelled.places)
         notes = [note for note in ready.notes if note.startswith("computes on ")]
-        notes += ready.asking.notes
+        notes += [*ready.asking.notes, *trained_on_note(store, ready.version, labelled.examples)]
         return Evaluation(
             version=str(ready.version),
             digest=ready.version.digest,
@@ -327,6 +327,7 @@ def replay(
             notes = [*(notes or (labelled.notes if labelled else ())), *ready.asking.notes]
             say(f"asking {version} {len(labelled.examples if labelled else texts)} examples")
             if labelled is not None:
+                notes = [*notes, *trained_on_note(store, version, labelled.examples)]
                 score = ready.task.metric_label
                 texts = _asked_texts(labelled.examples, texts)
                 scores.append(_scores(ready, labelled.examples))

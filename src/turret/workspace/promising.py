@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -40,7 +40,7 @@ from turret.tasks.calibration import Confidences, Sureness
 from turret.tasks.shapes import Answer, TaskSpec
 from turret.timestamp import to_minute
 from turret.workspace.progress import Say, silent
-from turret.workspace.reading import read_dataset, read_labelled
+from turret.workspace.reading import asked_in, read_dataset, read_labelled, training_inputs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -339,9 +339,9 @@ def _held_out_examples(store: Store, version: Version, say: Say) -> HeldOut:
 def _held_out(dataset: Dataset, recipe: Recipe) -> HeldOut:
     """The test split, which chose nothing; without one the validation split."""
     if dataset.test:
-        return _unseen(dataset.test, (*dataset.train, *dataset.validation), recipe.data.source, "test")
+        return _unseen(dataset.test, asked_in(*dataset.train, *dataset.validation), recipe.data.source, "test")
     if dataset.validation:
-        return _unseen(dataset.validation, dataset.train, recipe.data.source, "validation", VALIDATION)
+        return _unseen(dataset.validation, asked_in(*dataset.train), recipe.data.source, "validation", VALIDATION)
     raise DataError(f"{recipe.name} holds no examples out, which a promise needs: set data.test, or give --data FILE")
 
 
@@ -349,23 +349,16 @@ def _given_examples(store: Store, version: Version, request: PromiseRequest, say
     """The examples of a file, without those that were trained on."""
     labelled = read_labelled(store, version, str(request.data), request.columns)
     notes, examples = list(labelled.notes), list(labelled.examples)
-    recipe = version.lineage.get("recipe")
-    try:
-        dataset = read_dataset(store, Recipe.from_toml(str(recipe)), say) if recipe and request.trained else None
-    except TurretError:
-        dataset = None
-    if dataset is None or dataset.digest != version.lineage.get("data"):
-        notes.append(f"the training data of {version} is not here: nothing says whether these examples are in it")
-    else:
-        used = (*dataset.train, *dataset.validation)
+    used = training_inputs(store, version, say) if request.trained else None
+    if used is not None:
         return _unseen(examples, used, labelled.data.source, "given", *notes)
+    notes.append(f"the training data of {version} is not here: nothing says whether these examples are in it")
     return HeldOut(examples, labelled.data.source, "given", tuple(notes))
 
 
-def _unseen(examples: Sequence[Example], used: Sequence[Example], source: str, split: str, *notes: str) -> HeldOut:
+def _unseen(examples: Sequence[Example], used: Collection[str], source: str, split: str, *notes: str) -> HeldOut:
     """The examples whose texts training did not use. Raises DataError if there are none."""
-    seen = {str(each.asked) for each in used}
-    fresh = [each for each in examples if str(each.asked) not in seen]
+    fresh = [each for each in examples if str(each.asked) not in used]
     if not fresh:
         raise DataError(f"{source[:80]} has no example that training did not use: give other labelled examples")
     if len(fresh) < len(examples):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from turret.data import Dataset, Example, Input, Labelled, Prompt, Schema, TextPair, memory
 from turret.data.columns import LABELLED, RoleColumns
 from turret.data.table import BETWEEN, ROLES, answer_to, find_column, list_columns, require_columns
-from turret.errors import AdapterError, DataError, RecipeError, listed, one_line, shown
+from turret.errors import AdapterError, DataError, RecipeError, TurretError, counted, listed, one_line, shown
 from turret.json_types import JsonValue, Plain
 from turret.recipe import AUTO, Data, Recipe, default_base, read_toml
 from turret.store import Panel, Question, Store, Version
@@ -31,6 +31,7 @@ KEPT = (
     "rename",
     "bad_lines",
 )  # other keys that a version reads new tables with
+MOST_BYTES = 64 << 20  # of training data that an evaluation reads, to say what of it the examples are
 PANEL = Schema(  # a text, and an answer in each of several columns
     "panel",
     {LABELLED: [(text, "label") for text in TEXTS]},
@@ -108,6 +109,40 @@ def read_dataset(store: Store, recipe: Recipe, say: Say = silent) -> Dataset:
     say(f"reading {one_line(recipe.data.source, 100)}")
     store.bring_rows(recipe.data.source)
     return dataset.read_dataset(recipe.data, schemas(recipe.task), recipe.split_seed)
+
+
+def training_inputs(store: Store, version: Version, say: Say = silent) -> frozenset[str] | None:
+    """What the training of a version was asked about, with its validation split; None if that data is not here.
+
+    Data that is not the version's any more is not here either.
+    """
+    recipe = version.lineage.get("recipe")
+    try:
+        dataset = read_dataset(store, Recipe.from_toml(str(recipe)), say) if recipe else None
+    except TurretError:
+        return None
+    if dataset is None or dataset.digest != version.lineage.get("data"):
+        return None
+    return asked_in(*dataset.train, *dataset.validation)
+
+
+def asked_in(*examples: Example) -> frozenset[str]:
+    """What the examples ask, as they are compared with others."""
+    return frozenset(str(each.asked) for each in examples)
+
+
+def trained_on_note(store: Store, version: Version, examples: Sequence[Example], say: Say = silent) -> list[str]:
+    """A note if training used some of the examples. Training data is read if it is a small file or folder here."""
+    source = Path(str(trained_on(version).get("source") or "none"))
+    files = [source] if source.is_file() else [each for each in source.glob("*") if each.is_file()]
+    if not files or sum(each.stat().st_size for each in files) > MOST_BYTES:
+        return []
+    used = training_inputs(store, version, say) or frozenset()
+    seen = sum(str(each.asked) in used for each in examples)
+    if not seen:
+        return []
+    what = f"{seen} of {counted(len(examples), 'example')}"
+    return [f"{version} was trained on {what}, so its scores are too high: measure on examples that training left out"]
 
 
 def read_before_torch(store: Store, recipe: Recipe, say: Say) -> Dataset | None:
