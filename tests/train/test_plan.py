@@ -240,7 +240,7 @@ def test_an_encoders_prefix_through_its_mlp_is_warned_of() -> None:
 def test_duplicates_empty_inputs_few_steps_and_splits_are_said() -> None:
     data = tiny.dataset(train=40)
     _, rows = made(data=replace(data, duplicates=2))
-    assert "2 test inputs (25.0%) are also training inputs" in rows["duplicates"].text
+    assert "2 test inputs (25.0%) are also in the training split" in rows["duplicates"].text
     _, rows = made(data=replace(data, train=[*data.train, Labelled("  ", "good")]))
     assert "1 of 41 inputs are empty" in rows["inputs"].text
     _, rows = made()

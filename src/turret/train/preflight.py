@@ -347,12 +347,14 @@ def splits(used: Splits, dataset: Dataset) -> Iterator[Check]:
     else:
         yield Check("splits", "ok", counts)
     if dataset.duplicates:
-        part = dataset.duplicates / max(1, len(dataset.test))
+        part = f"({dataset.duplicates / max(1, len(dataset.test)):.1%})"
+        one = dataset.duplicates == 1
+        what = f"1 test input {part} is" if one else f"{dataset.duplicates} test inputs {part} are"
         yield Check(
             "duplicates",
             "warn",
-            f"{dataset.duplicates} test inputs ({part:.1%}) are also training inputs, so test scores will be too high",
-            "remove them from the data",
+            f"{what} also in the training split, so test scores will be too high",
+            f"remove {'it' if one else 'them'} from the data",
         )
     else:
         yield Check("duplicates", "ok", "no test input is a training input")
