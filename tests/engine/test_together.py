@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from shelf import TEXTS, agree, reference
 
-from turret.engine import SamplingParams
-from turret.engine.request import Ask
+from turret.engine import Ask, SamplingParams
 from turret.errors import Busy, ContextLengthExceeded, NotFound
 
 TEXT = "a great film about the bank"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from turret.engine.protocol import Loss, OptimStep, Samples, TrainsRows
 from turret.engine.request import (
+    Ask,
     Done,
     Event,
     Failed,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from turret.engine.core import Engine
 
 __all__ = [
+    "Ask",
     "Done",
     "Embedding",
     "Engine",
