@@ -87,6 +87,7 @@ TARGETS = {
             "server/test_fairness.py",
             "server/test_quotas.py",
             "server/test_replicas.py",
+            "test_generated_reference.py",
         ),
         IN_FOLDER,
     ),

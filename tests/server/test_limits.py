@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
@@ -10,7 +11,9 @@ from contextlib import contextmanager
 from urllib.parse import quote
 
 import pytest
+from starlette.types import Message
 
+from turret.errors import TooSlow
 from turret.server import limits
 from turret.server.limits import Load, RequestLimits, is_page
 
@@ -81,6 +84,33 @@ def test_a_body_that_comes_a_byte_a_second_is_408(serve, put) -> None:
         status, body = said(opened)
         assert (status, body["error"]["code"]) == (408, "too_slow")
     well(running)
+
+
+@pytest.mark.parametrize(("size", "refused"), [(10, "the file comes at less than 1000 bytes a second"), (400, None)])
+def test_a_file_that_comes_too_slowly_is_refused_and_one_that_comes_steadily_is_read(size, refused) -> None:
+    async def piece() -> Message:
+        await asyncio.sleep(0.1)
+        return {"type": "http.request", "body": bytes(size), "more_body": True}
+
+    async def read(count: int) -> None:
+        receive = limits._limit_upload(piece, RequestLimits(body_seconds=0.4, file_rate=1000))
+        for _ in range(count):
+            await receive()
+
+    if refused is None:
+        asyncio.run(read(12))
+    else:
+        with pytest.raises(TooSlow, match=refused):
+            asyncio.run(read(12))
+
+
+def test_a_file_that_stops_coming_is_refused_at_once() -> None:
+    async def read() -> None:
+        receive = limits._limit_upload(asyncio.Event().wait, RequestLimits(body_seconds=0.1))
+        await receive()
+
+    with pytest.raises(TooSlow, match=r"no byte arrived for 0\.1 seconds"):
+        asyncio.run(read())
 
 
 def test_headers_that_come_a_byte_a_second_are_408_also_on_a_connection_that_was_good(serve, put) -> None:
