@@ -62,21 +62,26 @@ def test_a_file_that_never_was_safetensors_is_found(store, make_bundle) -> None:
     assert "b@1 adapter_model.safetensors: has no tensors" in two
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statement", "said"),
     [
         ("UPDATE versions SET digest = 'sha256:0000'", "a@1 manifest.json: has digest"),
+        ("UPDATE versions SET digest = 'sha256:zzzz'", "a@1 manifest.json: has digest"),
         ('UPDATE versions SET manifest = \'{"digest": "x"}\'', "a@1 manifest.json: differs from the listed manifest"),
         ("DELETE FROM files WHERE path = 'manifest.json'", "a@1 manifest.json: is not listed"),
         ("DELETE FROM files WHERE path = 'adapter_config.json'", "a@1 manifest.json: names other files"),
         ("UPDATE files SET bytes = 1 WHERE path = 'manifest.json'", "a@1 manifest.json: has "),
         ("UPDATE aliases SET version_id = 77", "a@production: names a version that is not listed"),
+        (  # of another adapter
+            "UPDATE aliases SET version_id = (SELECT max(id) FROM versions)",
+            "a@production: names a version that is not listed",
+        ),
     ],
 )
-def test_rows_that_do_not_agree_with_the_files_are_found(store, put, statement, said) -> None:
+def test_rows_that_do_not_agree_with_the_files_are_found(store, put, make_bundle, statement, said) -> None:
     put()
     store.promote("a@1", "production")
+    store.put("other", make_bundle())
     by_hand.execute(store, statement)
     assert any(problem.startswith(said) for problem in problems(store)), problems(store)
 
