@@ -139,6 +139,15 @@ def test_the_rows_of_mistakes_are_those_of_the_table(trained) -> None:
             assert row[COLUMNS.index(each.column)] == mistake.right != mistake.given
 
 
+def test_a_version_that_was_trained_on_some_of_the_rows_is_named(trained, tmp_path) -> None:
+    mixed = table(tmp_path / "mixed.csv", [*tickets(40, 30), *tickets(200, 10)])
+    said = [note for note in trained.evaluate_panel("tickets", mixed).notes if "trained on" in note]
+    assert sorted(note.split(",")[0] for note in said) == [
+        f"{version} was trained on 20 of 40 examples" for version in ("mail@1", "stars@1", "topic@1")
+    ]
+    assert not [note for note in trained.evaluate_panel("tickets", later(trained)).notes if "trained on" in note]
+
+
 def test_the_threshold_is_the_questions_own_or_that_of_the_promise(trained) -> None:
     promise = trained.promise("topic", 0.45, data=str(later(trained)), columns={"label": "topic"}).promise
     trained.panels.create("plain", [Question("topic", "topic@1")])

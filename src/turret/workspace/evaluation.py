@@ -178,6 +178,8 @@ def evaluate_panel(
         found, more = _ask(store, versions, read, say, device)
         asked |= found
         notes += more
+        for version in versions:
+            notes += trained_on_note(store, version, [Labelled(text, ()) for text in read.texts])
     return PanelEvaluation(
         panel=str(panel),
         data={"source": read.data.source, "examples": len(read.texts)},
