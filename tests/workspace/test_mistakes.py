@@ -27,7 +27,7 @@ from turret.errors import AdapterError, DataError, NotFound
 from turret.recipe import Recipe
 from turret.tasks import Mistake
 from turret.tasks.calibration import stored_by_question
-from turret.workspace import RunResult, Workspace
+from turret.workspace import RunResult, Workspace, reading
 from turret.workspace.answering import PredictOptions
 
 GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
@@ -118,7 +118,7 @@ def test_a_training_keeps_what_its_version_got_wrong_on_held_out_examples(traine
         trained.workspace.run_report("20000101-000000-000000")
 
 
-def test_an_evaluation_says_how_many_of_its_examples_training_used(trained, tmp_path) -> None:
+def test_an_evaluation_says_how_many_of_its_examples_training_used(trained, tmp_path, monkeypatch) -> None:
     own = trained.folder / "reviews"
 
     def said(path: Path) -> list[str]:
@@ -139,6 +139,9 @@ def test_an_evaluation_says_how_many_of_its_examples_training_used(trained, tmp_
     finally:
         (own / "train.csv").write_bytes(kept)
     assert len(said(mixed)) == 1
+    for source in ("x" * 5000, "a\0b", "imdb", str(tmp_path / "none"), str(tmp_path)):
+        monkeypatch.setattr(reading, "trained_on", lambda _, source=source: {"source": source, "text": "text"})
+        assert reading.trained_on_note(trained.workspace.store, trained.workspace.resolve("reviews"), []) == []
 
 
 PROMPT = Prompt((Turn("system", "be brief"), Turn("user", "hi")))

@@ -134,8 +134,12 @@ def asked_in(*examples: Example) -> frozenset[str]:
 def trained_on_note(store: Store, version: Version, examples: Sequence[Example], say: Say = silent) -> list[str]:
     """A note if training used some of the examples. Training data is read if it is a small file or folder here."""
     source = Path(str(trained_on(version).get("source") or "none"))
-    files = [source] if source.is_file() else [each for each in source.glob("*") if each.is_file()]
-    if not files or sum(each.stat().st_size for each in files) > MOST_BYTES:
+    try:
+        files = [source] if source.is_file() else [each for each in source.glob("*") if each.is_file()]
+        size = sum(each.stat().st_size for each in files)
+    except (OSError, ValueError):  # somebody else's folder, or no path
+        return []
+    if not 0 < size <= MOST_BYTES:
         return []
     used = training_inputs(store, version, say) or frozenset()
     seen = sum(str(each.asked) in used for each in examples)
