@@ -58,6 +58,7 @@ def test_importing_it_loads_nothing_heavy(module: str) -> None:
     assert loaded_by(f"import {module}") == set()
 
 
+@pytest.mark.slow
 def test_what_conducts_a_comparison_loads_no_torch_beside_its_trainings() -> None:
     assert loaded_by("import turret.workspace.comparing") <= {"numpy"}
     assert "torch" in loaded_by("import turret.workspace.measure")  # of a training's own process

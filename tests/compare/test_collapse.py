@@ -57,7 +57,8 @@ def verdict(examples: list[Labelled], results: list[CellResult], margin: float =
     return found
 
 
-@pytest.mark.parametrize(("seeds", "repeats"), [(5, 60), pytest.param(3, 300, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("seeds", "repeats"), [(5, 60), (3, 300)])
 def test_with_one_collapse_in_five_the_interval_covers_what_it_is_about_and_the_rate_is_covered_too(
     seeds: int, repeats: int
 ) -> None:

@@ -119,6 +119,7 @@ def check(server: Process, found: Iterator[Attack]) -> dict[int, int]:
     return statuses
 
 
+@pytest.mark.slow
 def test_no_route_and_no_header_freezes_the_server_with_some_texts(real) -> None:
     statuses = check(real, some(attacks(real.schema(), real.caller(NAMED), FEW, whole=False), 23))
     assert sum(statuses.values()) > 80

@@ -176,6 +176,7 @@ def test_who_may_only_ask_finds_no_form(chromium: Browser, serve, workspace, put
     page.close()
 
 
+@pytest.mark.slow
 def test_the_form_is_filled_by_keyboard_and_says_what_is_wrong(chromium: Browser, serve, tmp_path: Path) -> None:
     running = serve()
     person = signed_in_page(chromium, running.url, None, phone=False, dark=False)

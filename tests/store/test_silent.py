@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from marks import slow
 from store.bundles import tensors, write_bundle
 from store.s3_proxy import Proxy, proxied, through
 
@@ -79,7 +78,8 @@ def of_a_silent_s3(store: Store, proxy: Proxy, act: Callable[[], object], other:
         assert len(beside) == 1
 
 
-@pytest.mark.parametrize("verb", ["gc", *slow(OF_FILES)])
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["gc", *OF_FILES])
 def test_a_silent_s3_ends_a_verb_and_holds_up_no_other_writer(new_url, proxy, tmp_path, monkeypatch, verb) -> None:
     monkeypatch.setattr(s3, "TRY_SECONDS", 1.0)
     url = new_url()

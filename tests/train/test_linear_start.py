@@ -295,6 +295,7 @@ def test_a_plan_counts_the_time_of_the_start(one_thread: None) -> None:
     assert spent / 2 < told[0] < 3 * spent
 
 
+@pytest.mark.slow
 def test_the_start_is_the_same_again_and_a_seed_still_matters() -> None:
     found = []
     for seed in (1, 1, 2):
