@@ -61,6 +61,7 @@ def refused(ran: Ran) -> str:
     return ran.err
 
 
+@pytest.mark.slow
 def test_push_makes_a_private_repository_that_holds_the_export_and_pull_brings_it_back(
     turret: Client, hub: StandIn, store: str, workspace: Workspace, tmp_path: Path
 ) -> None:

@@ -66,6 +66,7 @@ def test_peeking_at_every_outcome_through_ramps_and_drift_keeps_the_level(kind) 
     assert alarms <= most(RUNS)
 
 
+@pytest.mark.slow
 def test_a_z_test_with_peeking_does_exceed_its_level() -> None:
     """The control of the test above, without drift and ramps, which would make it worse."""
     still = sum(peeked_z(traffic(seed, N, 0.3, 0.3)) for seed in range(RUNS))

@@ -137,6 +137,7 @@ def test_a_revoked_token_is_unknown_within_a_second_and_the_door_stays_closed(se
     assert serve().client().get("/v1/models").status_code == 401
 
 
+@pytest.mark.slow
 def test_a_load_that_takes_its_time_does_not_hold_up_a_token_that_is_revoked(serve, put, workspace, until) -> None:
     put()
     put()

@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import Browser, Page, browser
-from marks import few
 from server.conftest import SEEDS, Running
 from server.console_forms import PAGES
 from server.console_pictures import PICTURES, WORDS, differences, words_of
@@ -169,7 +168,8 @@ EVERY = (
 )
 
 
-@pytest.mark.parametrize("phone", few([False, True], 1), ids=["desktop, light", "phone, dark"])
+@pytest.mark.slow
+@pytest.mark.parametrize("phone", [False, True], ids=["desktop, light", "phone, dark"])
 def test_axe_finds_nothing_on_any_page_and_none_is_wider_than_the_screen(opened: Open, phone: bool) -> None:
     page = opened("/", phone=phone, color_scheme="dark" if phone else "light", expected=("status of 404",))
     for path in EVERY:

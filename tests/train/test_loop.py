@@ -192,9 +192,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "killed_after", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(5, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("killed_after", [1, 4, 5])
 def test_a_run_killed_and_started_again_ends_with_the_same_curve_and_weights(
     tmp_path: Path, uninterrupted: Path, killed_after: int
 ) -> None:

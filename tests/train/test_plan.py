@@ -55,13 +55,14 @@ def parameters_alive() -> int:
     return sum(type(each) is torch.nn.Parameter for each in gc.get_objects())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "kind", "method"),
     [
         ("bert", "classify", "lora"),
-        pytest.param("llama", "summarize", "prefix", marks=pytest.mark.slow),
-        pytest.param("t5", "summarize", "lora", marks=pytest.mark.slow),
-        pytest.param("bert", "classify", "full", marks=pytest.mark.slow),
+        ("llama", "summarize", "prefix"),
+        ("t5", "summarize", "lora"),
+        ("bert", "classify", "full"),
     ],
 )
 def test_a_measured_plan_is_json_and_leaves_the_base_and_the_random_numbers_as_they_were(
