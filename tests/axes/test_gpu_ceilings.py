@@ -12,7 +12,7 @@ import pytest
 import tiny_training as tiny
 import torch
 from adapters_at_hand import GENERATES, made
-from decoding_rows import Row
+from decoding_rows import SETTINGS, Row
 from pretend_gpu import OnCard, on_cpu, pretend_gpu, to_gpu
 
 from turret.engine.protocol import OptimStep
@@ -80,12 +80,7 @@ def run(runner: Runner, fresh: list[Prefill], steps: Any = ()) -> Any:
 def settings(row: int) -> GenerationSettings:
     """Greedy rows and sampled ones, and every processor."""
     kinds: list[dict[str, Any]] = [
-        {},
-        {"temperature": 0.8},
-        {"temperature": 1.1, "top_k": 9},
-        {"temperature": 0.9, "top_p": 0.7},
-        {"temperature": 1.0, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.3},
-        {"no_repeat_ngram_size": 2, "min_new_tokens": 5},
+        *SETTINGS,
         {"forced_eos": (5,), "max_tokens": 4},
         {"min_length": 40, "repetition_penalty": 0.8, "temperature": 0.5},
     ]

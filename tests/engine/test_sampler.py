@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 import transformers
-from decoding_rows import Row
+from decoding_rows import SETTINGS, Row
 from small_models import build, tokenizer
 
 from turret.engine.request import GenerationSettings, SamplingParams
@@ -151,12 +151,7 @@ def test_top_p_or_top_k_without_a_temperature_samples_at_one() -> None:
 
 
 KINDS: list[dict] = [
-    {},
-    {"temperature": 0.8},
-    {"temperature": 1.1, "top_k": 9},
-    {"temperature": 0.9, "top_p": 0.7},
-    {"temperature": 1.0, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.3},
-    {"no_repeat_ngram_size": 2, "min_new_tokens": 5},
+    *SETTINGS,
     {"forced_eos": (5,), "max_tokens": 4},
     {"forced_bos": 7},
     {"min_length": 40, "repetition_penalty": 0.8, "temperature": 0.5},

@@ -120,7 +120,7 @@ def test_a_busy_token_asks_the_catalog_only_when_what_it_took_is_used_up(where, 
 
     monkeypatch.setattr(Budgets, "take", count)
     assert admitted(quotas, Quota(requests=6400), 1000) == 1000
-    assert len(taken) > 1
+    assert 1 < len(taken) < 20
     assert sum(taken[:-1]) < 1000 <= sum(taken)
 
 

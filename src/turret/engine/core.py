@@ -342,8 +342,6 @@ def _unexpected_error(error: Exception) -> EngineError:
 T = TypeVar("T")
 VLLM_TOKENS = 65_536  # of prompts that begin at once, if vLLM computes: it divides them into passes itself
 
-# --- core -------------------------------------------------------------------------------------------------------------
-
 
 class Engine:
     """One base in memory that answers with any number of adapters. A context manager.

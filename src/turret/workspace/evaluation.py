@@ -56,13 +56,15 @@ def evaluate(
         found = answer_split(ready.task, ready.asking, labelled.examples)
         details = found.details(ready.task, labelled.places)
         notes = [note for note in ready.notes if note.startswith("computes on ")]
-        notes += [*ready.asking.notes, *trained_on_note(store, ready.version, labelled.examples)]
+        notes += ready.asking.notes
+        seconds = time.perf_counter() - started
+        notes += trained_on_note(store, ready.version, labelled.examples)
         return Evaluation(
             version=str(ready.version),
             digest=ready.version.digest,
             data={"source": labelled.data.source, "examples": len(labelled.examples)},
             metrics=found.metrics,
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
             notes=[*labelled.notes, *notes],
             details=details,
         )
@@ -174,12 +176,13 @@ def evaluate_panel(
 ) -> PanelEvaluation:
     """Metrics and mistakes of each question that the data answers. Each base is loaded once, one after another."""
     started, notes, asked = time.perf_counter(), list(read.notes), dict[str, _Asked]()
+    texts = [Labelled(text, ()) for text in read.texts]
     for versions in _by_base(read):
         found, more = _ask(store, versions, read, say, device)
         asked |= found
         notes += more
         for version in versions:
-            notes += trained_on_note(store, version, [Labelled(text, ()) for text in read.texts])
+            notes += trained_on_note(store, version, texts)
     return PanelEvaluation(
         panel=str(panel),
         data={"source": read.data.source, "examples": len(read.texts)},

@@ -339,9 +339,9 @@ def _held_out_examples(store: Store, version: Version, say: Say) -> HeldOut:
 def _held_out(dataset: Dataset, recipe: Recipe) -> HeldOut:
     """The test split, which chose nothing; without one the validation split."""
     if dataset.test:
-        return _unseen(dataset.test, asked_in(*dataset.train, *dataset.validation), recipe.data.source, "test")
+        return _unseen(dataset.test, asked_in((*dataset.train, *dataset.validation)), recipe.data.source, "test")
     if dataset.validation:
-        return _unseen(dataset.validation, asked_in(*dataset.train), recipe.data.source, "validation", VALIDATION)
+        return _unseen(dataset.validation, asked_in(dataset.train), recipe.data.source, "validation", VALIDATION)
     raise DataError(f"{recipe.name} holds no examples out, which a promise needs: set data.test, or give --data FILE")
 
 

@@ -123,15 +123,15 @@ def training_inputs(store: Store, version: Version, say: Say = silent) -> frozen
         return None
     if dataset is None or dataset.digest != version.lineage.get("data"):
         return None
-    return asked_in(*dataset.train, *dataset.validation)
+    return asked_in((*dataset.train, *dataset.validation))
 
 
-def asked_in(*examples: Example) -> frozenset[str]:
+def asked_in(examples: Iterable[Example]) -> frozenset[str]:
     """What the examples ask, as they are compared with others."""
     return frozenset(str(each.asked) for each in examples)
 
 
-def trained_on_note(store: Store, version: Version, examples: Sequence[Example], say: Say = silent) -> list[str]:
+def trained_on_note(store: Store, version: Version, examples: Sequence[Example]) -> list[str]:
     """A note if training used some of the examples. Training data is read if it is a small file or folder here."""
     source = Path(str(trained_on(version).get("source") or "none"))
     try:
@@ -141,7 +141,7 @@ def trained_on_note(store: Store, version: Version, examples: Sequence[Example],
         return []
     if not 0 < size <= MOST_BYTES:
         return []
-    used = training_inputs(store, version, say) or frozenset()
+    used = training_inputs(store, version) or frozenset()
     seen = sum(str(each.asked) in used for each in examples)
     if not seen:
         return []
