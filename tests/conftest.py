@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -125,6 +126,13 @@ def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable
             return f"{server.url(made.enter_context(server.database()))}&files={files}&local={tmp_path / 'local'}"
 
         yield new
+
+
+def pytest_collection_finish() -> None:
+    """Python looks for garbage seldom, and not among the modules and tests: that was a tenth of the whole time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

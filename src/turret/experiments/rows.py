@@ -240,24 +240,20 @@ def _update(connection: Connection, experiment_id: int, values: Mapping[str, Pla
     connection.execute(update(experiments).where(experiments.c.id == experiment_id).values(values))
 
 
+_SPLITS = experiment_splits.alias()
+_NEWEST = select(func.max(_SPLITS.c.revision)).where(_SPLITS.c.experiment_id == experiments.c.id).scalar_subquery()
+_NEWEST_SPLIT = (experiment_splits.c.experiment_id == experiments.c.id) & (experiment_splits.c.revision == _NEWEST)
+_EXPERIMENTS = (
+    select(experiments, adapters.c.name, experiment_splits.c.revision, experiment_splits.c.segments)
+    .join(adapters, experiments.c.adapter_id == adapters.c.id)
+    .join(experiment_splits, _NEWEST_SPLIT)
+    .order_by(adapters.c.name, experiments.c.number)
+)
+
+
 def _select(connection: Connection, condition: ColumnElement[bool]) -> list[Experiment]:
     """Experiments with their newest split, by name and number."""
-    newest = (
-        select(experiment_splits.c.experiment_id, func.max(experiment_splits.c.revision).label("revision"))
-        .group_by(experiment_splits.c.experiment_id)
-        .subquery()
-    )
-    same = (experiment_splits.c.experiment_id == newest.c.experiment_id) & (
-        experiment_splits.c.revision == newest.c.revision
-    )
-    query = (
-        select(experiments, adapters.c.name, newest.c.revision, experiment_splits.c.segments)
-        .join(adapters, experiments.c.adapter_id == adapters.c.id)
-        .join(newest, newest.c.experiment_id == experiments.c.id)
-        .join(experiment_splits, same)
-        .where(condition, seen_adapters(connection))
-        .order_by(adapters.c.name, experiments.c.number)
-    )
+    query = _EXPERIMENTS.where(condition, seen_adapters(connection))
     return [_experiment_of(row) for row in connection.execute(query).mappings().all()]
 
 
