@@ -90,8 +90,7 @@ def patches(name: str, engine: Any) -> list[Patch]:
     from turret.ops import lora
     from turret.ops.core import Ops
     from turret.ops.cpu import compiled
-    from turret.ops.cpu.compiled import Library
-    from turret.ops.cpu.ops import CpuOps
+    from turret.ops.cpu.compiled import CpuOps
 
     def none(*_: Any) -> None:
         return None
@@ -101,7 +100,7 @@ def patches(name: str, engine: Any) -> list[Patch]:
         LAYERS: lambda: [(layers.OneCall, "__call__", none)],
         "low_rank": lambda: [(lora, "CpuRows", lambda _, spans, tokens: lora.MixedRows(spans))],
         "step attention": lambda: [(CpuOps, "kv_step", none)],
-        "few-token products": lambda: [(Library, "few", lambda *_: 0)],
+        "few-token products": lambda: [(CpuOps, "few", lambda *_: 0)],
         "prefill attention": lambda: [(attention, "_unpadded", attention._unpadded_plainly)],
         "layer": lambda: [(layers.LayerHook, "_block", none)],
         "lay_out": lambda: [(CpuOps, "lay_out", Ops.lay_out)],

@@ -57,8 +57,9 @@ def measure(dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
     from turret.ops.cpu import compiled as kernels
 
-    library, kind = kernels.library(), getattr(torch, dtype)
-    few = 0 if library is None else library.few(kind)
+    kind = getattr(torch, dtype)
+    ops = kernels.library(kind)
+    few = 0 if ops is None else ops.few()
     rows = []
     for tokens in TOKENS:
         for d_in, d_out in SHAPES:
@@ -70,8 +71,8 @@ def measure(dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                 "torch": lambda w, _, x=x: torch.nn.functional.linear(x, w),  # type: ignore[misc]
                 "packed ahead": lambda _, p, x=x: torch.ops.mkldnn._linear_pointwise(x, p, None, "none", [], ""),  # type: ignore[misc]
             }
-            if library is not None and tokens <= few:
-                ways["turret"] = lambda w, _, x=x: library.linear(x, w, None)  # type: ignore[misc]
+            if ops is not None and tokens <= few:
+                ways["turret"] = lambda w, _, x=x: ops.linear_few(x, w, None)  # type: ignore[misc]
             with torch.inference_mode():
                 seconds = in_turns(ways, list(zip(weights, packed, strict=True)), options.rounds)
             rows.append({"tokens": tokens, "d_in": d_in, "d_out": d_out, "seconds": seconds})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from turret.ops.cpu import compiled as kernels
-from turret.ops.cpu.compiled import Library
+from turret.ops.cpu.compiled import CpuOps
 from turret.ops.structs import AdapterSpans
 
 TOLERANCES = {torch.float32: {"rtol": 2e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 3e-2}}
@@ -19,8 +19,8 @@ COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None) i
 needed = pytest.mark.skipif(COMPILER is None, reason="no C compiler on this machine")
 
 
-def compiled() -> Library:
-    found = kernels.library()
+def compiled(dtype: torch.dtype = torch.float32) -> CpuOps:
+    found = kernels.library(dtype)
     assert found is not None, kernels.why()  # a machine with a compiler has kernels; this is no reason to skip
     return found
 

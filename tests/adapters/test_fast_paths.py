@@ -95,7 +95,7 @@ def test_the_table_lists_every_path_that_the_code_asks_for() -> None:
     for file in Path(turret.__file__).parent.rglob("*.py"):
         for arguments in re.findall(r"(?<![\w.])(?:switches\.)?enabled\(([^)]*)\)", file.read_text(encoding="utf-8")):
             asked |= set(re.findall(r'"(\w+)"', arguments))
-    assert asked == set(PATHS) - {"kernels"}  # those are turned off where they are looked up
+    assert asked == set(PATHS)
 
 
 def test_a_larger_path_is_off_with_its_parts() -> None:

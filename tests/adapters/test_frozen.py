@@ -10,9 +10,10 @@ from torch import nn
 
 from turret.ops.cpu import compiled as kernels
 from turret.ops.lora import linear
+from turret.ops.table import without
 
 needed = pytest.mark.skipif(
-    kernels.library() is None or not kernels.library().few(torch.float32),  # type: ignore[union-attr]
+    kernels.library() is None or not kernels.library().few(),  # type: ignore[union-attr]
     reason="no kernel for few tokens on this machine",
 )
 
@@ -34,7 +35,7 @@ def test_few_tokens_take_the_kernel_and_many_take_torch(monkeypatch: pytest.Monk
     layer, found = nn.Linear(48, 40), calls(nn.Linear(1, 1), monkeypatch)
     library = kernels.library()
     assert library is not None
-    most = library.few(torch.float32)
+    most = library.few()
     with torch.inference_mode():
         few = torch.randn(1, most, 48)
         torch.testing.assert_close(linear(layer, few), few @ layer.weight.mT + layer.bias)
@@ -64,7 +65,7 @@ def test_whatever_is_not_a_plain_product_of_few_tokens_is_the_layers_own(
     found = calls(layer, monkeypatch)
     with (
         torch.set_grad_enabled(why == "gradient"),
-        kernels.without() if why == "off" else torch.autograd.profiler.record_function("on"),
+        without("kernels") if why == "off" else torch.autograd.profiler.record_function("on"),
     ):
         given = linear(layer, x)
     if why == "forward":

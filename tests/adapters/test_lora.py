@@ -34,6 +34,7 @@ from turret.ops.cpu import compiled as kernels
 from turret.ops.dropout import Masks
 from turret.ops.lora import lora_delta
 from turret.ops.structs import Lora
+from turret.ops.table import without
 from turret.recipe import Recipe
 
 NOISY = LoRA(r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=False)
@@ -257,7 +258,7 @@ def test_the_fast_way_is_the_formula_with_its_gradients(rate: float, sizes: tupl
     factors = LoRAFactors(torch.randn(3, d_in), torch.randn(d_out, 3), 0.7, rate).train()
     x, layer = torch.randn(2, 5, d_in, requires_grad=True), nn.Linear(d_in, d_out).requires_grad_(False)
     inputs = (x, factors.lora_A, factors.lora_B)
-    with nullcontext() if by_kernels else kernels.without():
+    with nullcontext() if by_kernels else without("kernels"):
         torch.manual_seed(1)
         fast = factors.with_base(layer, x, BatchContext())
         torch.manual_seed(1)
@@ -277,11 +278,11 @@ def test_the_fast_way_is_the_formula_with_its_gradients(rate: float, sizes: tupl
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_the_gradients_that_are_written_out_are_those_of_the_formula(p: float) -> None:
     x, A, B = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 6), (3, 6), (5, 3)))
-    mask = Masks().mask(x, p) if p else None
+    dropped = Masks().arguments(p, lambda: torch.arange(7))
     y, dy = torch.zeros(7, 5, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
-    dropped = x if mask is None else x * mask.mask_and_scale(torch.ones_like(x))
-    expected = lora_delta(dropped, A, B, 0.7)
-    lora, dx = Lora(A, B, 0.7, p, mask), torch.zeros(7, 6, dtype=torch.float64)
+    mask = dropped.keep_mask(x.shape) if p else 1.0
+    expected = lora_delta(x * mask * dropped.scale, A, B, 0.7)
+    lora, dx = Lora(A, B, 0.7, p, dropped), torch.zeros(7, 6, dtype=torch.float64)
     with torch.no_grad():
         inner = REFERENCE.add_lora([y], x, [lora])
         dA, dB = REFERENCE.lora_backward([lora], lambda: x, inner, [dy], dx)

@@ -13,9 +13,9 @@ from turret.adapters import attach, attachment, classify_logits, detach, trainab
 from turret.adapters.layers import NarrowedOutput
 from turret.families import family_of
 from turret.methods import Full, LoRA, Method, Prefix
-from turret.ops.cpu.compiled import library, without
+from turret.ops.cpu.compiled import library
 from turret.ops.structs import NO_DROPOUT, DropoutArguments, LayerNorm
-from turret.ops.table import of
+from turret.ops.table import of, without
 
 METHODS: tuple[Method, ...] = (
     LoRA(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.0),
@@ -30,7 +30,7 @@ def test_what_is_dropped_is_dropped_on_the_way_back_too(width: int) -> None:
     found, dropped = library(), DropoutArguments.of(0.3, 123, torch.arange(11))
     assert found is not None
     a, x, weight, bias = torch.randn(11, width), torch.randn(11, width), torch.rand(width), torch.randn(width)
-    mask = found.dropout(torch.ones(11, width), dropped).double()
+    mask = found.dropout(torch.ones(11, width), dropped, dropped.scale).double()
     assert 0.5 < float((mask > 0).double().mean()) < 0.9
     wide = [each.double().requires_grad_() for each in (a, x)]
     expected = torch.nn.functional.layer_norm(wide[0] * mask + wide[1], (width,), weight.double(), bias.double(), 1e-12)
@@ -89,7 +89,7 @@ def test_the_last_layer_of_the_tokens_that_are_read_is_all_of_the_answer_and_of_
     if kernels:
         narrow, whole = both()
     else:
-        with without():
+        with without("kernels"):
             narrow, whole = both()
     assert widths[0] == len(rows)
     assert widths[1] > sum(map(len, rows))

@@ -25,7 +25,7 @@ from turret.adapters.layers import LayerHook
 from turret.adapters.packed import target_states
 from turret.methods import LoRA, Method, Prefix
 from turret.ops import table
-from turret.ops.cpu.compiled import Library, library, without
+from turret.ops.cpu.compiled import CpuOps, library
 from turret.ops.dropout import Masks
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no kernels on this machine")
@@ -139,7 +139,7 @@ def test_it_gives_the_modules_numbers(family: str, method: str, dtype: torch.dty
 def test_a_gated_mlp_that_is_made_again_gives_the_same(
     method: Method, tiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Library, "tiled", lambda *_: tiled)
+    monkeypatch.setattr(CpuOps, "tiled", lambda *_: tiled)
     model = model_of("llama", method, torch.bfloat16)
     given = outcome(model)
     assert same(given, by_modules(model), HALF)
@@ -244,7 +244,7 @@ def test_pissa_is_the_modules(family: str, counted: list[bool]) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_machine_without_kernels_has_its_modules(family: str, counted: list[bool]) -> None:
-    with without():
+    with table.without("kernels"):
         outcome(model_of(family, METHODS["LoRA on some"]))
     assert counted
     assert not any(counted)

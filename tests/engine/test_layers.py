@@ -23,6 +23,7 @@ from turret.engine.sequence import DecodeStep, Prefill
 from turret.families import family_of
 from turret.methods import Head, LoRA, Method, Prefix
 from turret.ops.cpu import compiled as kernels
+from turret.ops.table import without
 
 pytestmark = needed
 SIZES: dict[str, Any] = {
@@ -137,7 +138,7 @@ def require_the_modules_bits(
 
 
 def few(dtype: torch.dtype) -> bool:
-    return compiled().few(dtype) >= len(SLOTS)
+    return compiled(dtype).few() >= len(SLOTS)
 
 
 @BOTH
@@ -175,7 +176,7 @@ def test_short_texts_are_bit_equal_to_the_modules(
     runner = runner_of(name, dtype)
     calls.clear()
     ours = short_texts(runner)
-    assert calls == [compiled().few(dtype) >= 40] * 3
+    assert calls == [compiled(dtype).few() >= 40] * 3
     require_the_modules_bits(ours, lambda: short_texts(runner), monkeypatch)
     monkeypatch.setattr(AdapterPool, "_spans_of", lambda *_: [])
     bare = short_texts(runner)
@@ -201,7 +202,7 @@ def test_a_pass_with_prefill_rows_is_computed_by_the_modules(calls: list[bool]) 
 def test_more_rows_than_the_kernel_takes_are_computed_by_the_modules(
     calls: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels.Library, "few", lambda *_: 5)
+    monkeypatch.setattr(kernels.CpuOps, "few", lambda *_: 5)
     steps(runner_of("llama", torch.float32), count=1)
     assert not any(calls)
 
@@ -234,15 +235,15 @@ def test_a_changed_layer_is_computed_by_its_modules(
 def test_a_pass_is_one_call_for_all_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, asked = runner_of(name, torch.float32), steps if name == "llama" else short_texts
     counts = []
-    for kind in ("encoder_layers", "decoder_layers"):
-        own = getattr(kernels.Library, kind)
+    for kind in ("encoder", "decoder"):
+        own = getattr(kernels.Layers, kind)
 
-        def counted(self: Any, layers: Any, *rest: Any, own: Any = own) -> Tensor:
-            counts.append(len(layers))
-            y: Tensor = own(self, layers, *rest)
+        def counted(self: Any, *rest: Any, own: Any = own) -> Tensor:
+            counts.append(len(self))
+            y: Tensor = own(self, *rest)
             return y
 
-        monkeypatch.setattr(kernels.Library, kind, counted)
+        monkeypatch.setattr(kernels.Layers, kind, counted)
     asked(runner)
     passes = 4 if name == "llama" else 1
     assert counts == [3] * passes * few(torch.float32)
@@ -275,7 +276,7 @@ def test_a_hook_between_two_layers_sees_the_modules_values(
 
 def test_without_kernels_and_after_close_the_layers_are_the_bases_own(calls: list[bool]) -> None:
     runner = runner_of("llama", torch.float32)
-    with kernels.without():
+    with without("kernels"):
         steps(runner, count=1)
     assert not any(calls)
     layers = runner.model.model.layers

@@ -20,13 +20,13 @@ from turret.engine.cache import KVSlot
 from turret.engine.runner import Runner
 from turret.engine.sequence import DecodeStep, Prefill
 from turret.methods import LoRA
-from turret.ops.cpu import compiled as kernels
+from turret.ops.table import without
 
 
 @pytest.fixture(params=["kernels", "torch"])
 def way(request: pytest.FixtureRequest) -> Iterator[str]:
     """Adapters are multiplied by the kernel if this machine has one, or in torch."""
-    with kernels.without() if request.param == "torch" else nullcontext():
+    with without("kernels") if request.param == "torch" else nullcontext():
         yield request.param
 
 
@@ -156,7 +156,7 @@ def test_decode_steps_of_any_mixture_equal_sgmv_of_whole_rows(way: str, slots: l
     for count in (8, 5, 8):  # rows leave and come back
         picked = slots[:count]
         fresh = [Prefill([*row.tolist(), 7], slot, runner.kv_slot(30, 8, slot)) for row, slot in zip(inputs, picked)]  # noqa: B905
-        with kernels.without():
+        with without("kernels"):
             whole = runner.run(fresh).vocabulary  # every row is a segment of a prompt
         for each in fresh:
             assert each.kv_slot is not None
@@ -273,7 +273,7 @@ def test_a_pass_of_prefill_and_decode_rows_is_the_same_by_kernel_and_by_torch() 
     """Adapters of different ranks and targets, a prefix, and rows without an adapter."""
     adapters = [*loras("llama", "generate", 4), made("llama", "generate", METHODS["prefix"], 9)]
     outcomes = []
-    for context in (nullcontext(), kernels.without()):
+    for context in (nullcontext(), without("kernels")):
         runner = runner_of("llama", "generate", adapters)
         with context:
             _, kv_slots = prompts(runner, [0, 1, 2, 2, 3, 4, 5, 5])

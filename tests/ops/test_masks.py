@@ -11,6 +11,7 @@ from torch import Tensor
 
 from turret.ops.dropout import Draws, Masks
 from turret.ops.structs import OF_SITE, AttentionRows, DropoutArguments, Prefixes, dropout_mask
+from turret.ops.table import of
 
 KEYS = torch.randint(-(1 << 62), 1 << 62, (57,), generator=torch.Generator().manual_seed(0))
 
@@ -21,7 +22,7 @@ KEYS = torch.randint(-(1 << 62), 1 << 62, (57,), generator=torch.Generator().man
 def test_the_kernels_mask_is_the_one_of_the_formula_in_torch(width: int, dtype: torch.dtype) -> None:
     for seed in (7, 0xDEADBEEF):
         dropped = DropoutArguments.of(0.3, seed, KEYS)
-        shown = compiled().dropout(torch.ones(57, width, dtype=dtype), dropped, 1.0) != 0
+        shown = compiled(dtype).dropout(torch.ones(57, width, dtype=dtype), dropped, 1.0) != 0
         assert torch.equal(shown, dropped.keep_mask(shown.shape))
     assert width == 1 or not torch.equal(shown, dropout_mask(KEYS, 7, dropped.threshold, width)), (
         "control: another site"
@@ -108,10 +109,15 @@ def test_the_share_that_is_kept_is_binomial(p: float) -> None:
 # --- what a mask depends on -------------------------------------------------------------------------------------------
 
 
+def mask_of(masks: Masks, x: Tensor, p: float) -> Tensor:
+    """The next mask of a pass, with which it drops elements of x."""
+    return of(x).dropout(torch.ones_like(x), masks.arguments(p, lambda: masks.keys_of(x)), 1.0)
+
+
 def of_example(masks: Masks, row: int, lengths: list[int]) -> list[Tensor]:
     """The masks of one row of a pass at three sites."""
     start, size = sum(lengths[:row]), lengths[row]
-    return [masks.mask(x := torch.ones(1, sum(lengths), 96), 0.4).of(x)[0, start : start + size] for _ in range(3)]
+    return [mask_of(masks, torch.ones(1, sum(lengths), 96), 0.4)[0, start : start + size] for _ in range(3)]
 
 
 def test_an_examples_mask_is_the_same_alone_among_neighbours_and_in_another_order() -> None:
@@ -127,6 +133,6 @@ def test_an_examples_mask_is_the_same_alone_among_neighbours_and_in_another_orde
 
 def test_what_belongs_to_no_example_has_one_mask_in_every_pass_of_a_step() -> None:
     table = torch.ones(12, 64)
-    one, other = (Masks(3, numbers, {"encoder": [9, 7]}).mask(table, 0.5).of(table) for numbers in ([1, 2], [3, 4]))
+    one, other = (mask_of(Masks(3, numbers, {"encoder": [9, 7]}), table, 0.5) for numbers in ([1, 2], [3, 4]))
     assert torch.equal(one, other)
-    assert not torch.equal(one, Masks(4, [1, 2], {"encoder": [9, 7]}).mask(table, 0.5).of(table)), "control: the step"
+    assert not torch.equal(one, mask_of(Masks(4, [1, 2], {"encoder": [9, 7]}), table, 0.5)), "control: the step"

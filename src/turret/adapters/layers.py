@@ -528,9 +528,7 @@ class LayerHook(ABC, Generic[M]):
         dropped: list[DropoutArguments] = []
         for group, rate in zip(bare, (p, first, 0.0, last), strict=True):  # masks are drawn in the modules' order
             keys = functools.partial(masks.tokens, self.hooked.site.group, x.device, read=bool(groups) and self.narrows)
-            adapted = (
-                m if m.lora is None else m._replace(lora=lora.with_hashed_mask(ops, m.lora, masks, keys)) for m in group
-            )
+            adapted = (m if m.lora is None else m._replace(lora=lora.with_mask(m.lora, masks, keys)) for m in group)
             groups.append(tuple(adapted))
             dropped.append(masks.arguments(rate, keys))
         run = Training(ops, groups, rows, prefixes.of_row, dropped[0], flat(cos_sin))

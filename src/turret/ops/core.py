@@ -1,7 +1,7 @@
 """The operations of a transformer for tensors of one device and dtype: in plain torch here, faster in the subclasses.
 
-`table.of` chooses the object. `Ops` is the reference: `cpu.CpuOps` and `gpu.GpuOps` compute the same, and replace only
-what their device computes faster. Axes: N tokens of all rows, D width, H heads, R rank.
+`table.of` chooses the object. `Ops` is the reference: `CpuOps` (`cpu.compiled`) and `GpuOps` (`gpu.ops`) compute the
+same, and replace only what their device computes faster. Axes: N tokens of all rows, D width, H heads, R rank.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from turret.ops.structs import (
     DropoutArguments,
     LayerNorm,
     Lora,
-    Mask,
     Prefixes,
     RMSNorm,
 )
@@ -163,9 +162,7 @@ class Ops:
         inner = []
         for own, lora in zip(y, loras, strict=True):
             if lora is not None:
-                h = _mask_input(x, lora.mask) @ lora.A.to(x.dtype).mT
-                own.addmm_(h, lora.B.to(x.dtype).mT, alpha=lora.scale)
-                inner.append(h)
+                inner.append(self._add_one_lora(own, x, lora))
             if plus is not None:
                 own.add_(plus)
         return inner
@@ -189,15 +186,30 @@ class Ops:
         hidden = iter(inner)
         for own, lora in zip(dy, loras, strict=True):
             if lora is not None:
-                given, A, B = x(), lora.A.to(own.dtype), lora.B.to(own.dtype)
-                dh = (own @ B).mul_(lora.scale)
-                if dx is not None and lora.mask is None:
-                    dx.addmm_(dh, A)
-                elif dx is not None:
-                    dx.add_(_mask_input(dh @ A, lora.mask))
-                dB = (own.mT @ next(hidden)).float().mul_(lora.scale)
-                gradients += [(dh.mT @ _mask_input(given, lora.mask)).float(), dB]
+                gradients += self._one_lora_backward(lora, x(), next(hidden), own, dx)
         return gradients
+
+    def _add_one_lora(self, y: Tensor, x: Tensor, lora: Lora) -> Tensor:
+        """`add_lora` of one layer: h."""
+        h = self._mask_input(x, lora) @ lora.A.to(x.dtype).mT
+        y.addmm_(h, lora.B.to(x.dtype).mT, alpha=lora.scale)
+        return h
+
+    def _one_lora_backward(
+        self, lora: Lora, x: Tensor, h: Tensor, dy: Tensor, dx: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`lora_backward` of one layer: (dA, dB)."""
+        A, B = lora.A.to(dy.dtype), lora.B.to(dy.dtype)
+        dh = (dy @ B).mul_(lora.scale)
+        if dx is not None and lora.dropped.threshold == 0:
+            dx.addmm_(dh, A)
+        elif dx is not None:
+            dx.add_(self._mask_input(dh @ A, lora))
+        return (dh.mT @ self._mask_input(x, lora)).float(), (dy.mT @ h).float().mul_(lora.scale)
+
+    def _mask_input(self, x: Tensor, lora: Lora) -> Tensor:
+        """The input of a LoRA after dropout, not scaled."""
+        return x if lora.dropped.threshold == 0 else self.dropout(x.contiguous(), lora.dropped, 1.0)
 
     # --- norms, activations, positions --------------------------------------------------------------------------------
 
@@ -333,10 +345,6 @@ class Ops:
     def kv_step(self, lengths: Tensor, prefixes: Tensor, like: Tensor) -> KVStep | None:
         """What a decode step reads of a cache with these lengths, or None if torch computes it; see `KVStep`."""
         return None
-
-
-def _mask_input(x: Tensor, mask: Mask | None) -> Tensor:
-    return x if mask is None else mask.of(x)
 
 
 REFERENCE = Ops()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -24,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from turret.ops.attention import attend_plainly
 from turret.ops.core import FunctionContext, Gradients, Ops, apply, to_device
-from turret.ops.structs import NO_DROPOUT, OF_SITE, STEPS, WORD, DropoutArguments, Mask
+from turret.ops.structs import NO_DROPOUT, OF_SITE, STEPS, WORD, DropoutArguments
 from turret.ops.table import of
 
 SPREAD = 0x9E3779B97F4A7C15  # between the states of a generator (SplitMix64; Steele et al. 2014)
@@ -96,10 +95,6 @@ class Masks:
         """The next mask of this pass. keys: of its tokens, such as `tokens` or `keys_of`."""
         return DropoutArguments.of(p, self.next_seed(), keys()) if round(p * STEPS) else NO_DROPOUT
 
-    def mask(self, x: Tensor, p: float, stream: str | None = None) -> Mask:
-        """The next mask of this pass for x (..., D). stream: whose tokens x has; None: those that pass now."""
-        return HashedMask(of(x), self.arguments(p, lambda: self.keys_of(x, stream)))
-
     def tokens(self, stream: str, device: torch.device, *, read: bool = False) -> Tensor:
         """The keys of a stream's tokens, (N,), or (B,) of those that are read."""
         if (stream, -read) not in self._keys:
@@ -151,35 +146,22 @@ def _signed_word(word: int) -> int:
     return (word + LONG // 2) % LONG - LONG // 2
 
 
-@dataclass(frozen=True)
-class HashedMask:
-    """The mask that `dropped` describes, by the operations of one device."""
-
+class _DropoutContext(FunctionContext, Protocol):
     ops: Ops
     dropped: DropoutArguments
-
-    def of(self, x: Tensor) -> Tensor:
-        return self.ops.dropout(x.contiguous(), self.dropped, 1.0)
-
-    def mask_and_scale(self, x: Tensor) -> Tensor:
-        return self.ops.dropout(x, self.dropped, self.dropped.scale)
-
-
-class _DropoutContext(FunctionContext, Protocol):
-    mask: Mask
 
 
 class _Dropout(torch.autograd.Function):
     """y = x mask / (1 - p);  dx = dy mask / (1 - p)."""
 
     @staticmethod
-    def forward(ctx: _DropoutContext, x: Tensor, mask: Mask) -> Tensor:
-        ctx.mask = mask
-        return mask.mask_and_scale(x)
+    def forward(ctx: _DropoutContext, x: Tensor, ops: Ops, dropped: DropoutArguments) -> Tensor:
+        ctx.ops, ctx.dropped = ops, dropped
+        return ops.dropout(x, dropped, dropped.scale)
 
     @staticmethod
     def backward(ctx: _DropoutContext, *gradients: Tensor) -> Gradients:
-        return ctx.mask.mask_and_scale(gradients[0].contiguous()), None
+        return ctx.ops.dropout(gradients[0].contiguous(), ctx.dropped, ctx.dropped.scale), None, None
 
 
 def dropout(x: Tensor, p: float, masks: Masks | None = None, stream: str | None = None) -> Tensor:
@@ -188,7 +170,8 @@ def dropout(x: Tensor, p: float, masks: Masks | None = None, stream: str | None 
         return x
     if round(p * STEPS) == STEPS:
         return x * 0.0
-    return apply(_Dropout, x.contiguous(), (masks or Masks()).mask(x, p, stream))
+    own = masks or Masks()
+    return apply(_Dropout, x.contiguous(), of(x), own.arguments(p, lambda: own.keys_of(x, stream)))
 
 
 # --- modules that draw by themselves ----------------------------------------------------------------------------------

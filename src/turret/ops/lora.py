@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from turret.ops.core import REFERENCE, FunctionContext, Gradients, LoraGradients, Ops, apply, enabled, to_device
-from turret.ops.cpu.ops import CpuOps
-from turret.ops.dropout import HashedMask, Masks
+from turret.ops.cpu.compiled import CpuOps
+from turret.ops.dropout import Masks
 from turret.ops.gpu.ops import GpuOps
 from turret.ops.structs import AdapterSpans, BaseProducts, Group, Lora, Matrix
 from turret.ops.table import of
@@ -86,10 +86,9 @@ def factors(groups: Iterable[Group]) -> list[Tensor]:
     return [each for group in groups for m in group if m.lora is not None for each in (m.lora.A, m.lora.B)]
 
 
-def with_hashed_mask(ops: Ops, lora: Lora, masks: Masks, keys: Callable[[], Tensor]) -> Lora:
+def with_mask(lora: Lora, masks: Masks, keys: Callable[[], Tensor]) -> Lora:
     """The LoRA with the next mask of a pass. keys: of the tokens of its input."""
-    dropped = masks.arguments(lora.p, keys)
-    return lora._replace(mask=HashedMask(ops, dropped)) if dropped.threshold else lora
+    return lora._replace(dropped=masks.arguments(lora.p, keys))
 
 
 # --- one layer --------------------------------------------------------------------------------------------------------
@@ -144,7 +143,7 @@ def adapted_linear(
         if not enabled("lora_gradient"):
             return None
         ops = REFERENCE
-    own = with_hashed_mask(of(x), lora, masks, lambda: masks.keys_of(x, stream))
+    own = with_mask(lora, masks, lambda: masks.keys_of(x, stream))
     return apply(_Adapted, ops, Matrix(weight, bias, base, own), x, lora.A, lora.B)
 
 
@@ -278,17 +277,17 @@ class CpuRows(MixedRows):
     """By the kernels: the spans of tokens and the addresses of their factors, computed once for all layers."""
 
     def __init__(self, ops: CpuOps, spans: Sequence[Span], tokens: int) -> None:
-        self._library, self._adapters = ops.library, [adapter for _, _, adapter in spans]  # C reads their memory
+        self._ops, self._adapters = ops, [adapter for _, _, adapter in spans]  # C reads their memory
         self.spans = kernel_spans(spans, tokens)
 
     def _linear(self, layer: nn.Module, number: int, x: Tensor, helped: bool) -> Tensor:
         if takes_few(layer, x):
             weight, bias = layer.get_parameter("weight"), layer._parameters["bias"]
-            return self._library.linear(x, weight, bias, self.spans, number, helped=helped)
+            return self._ops.linear_few(x, weight, bias, helped, self.spans, number)
         y: Tensor = layer(x)
         if self.spans is not None:
             y = y.contiguous()
-            self._library.low_rank(self.spans, number, x.contiguous(), y)
+            self._ops.low_rank(self.spans, number, x.contiguous(), y)
         return y
 
 

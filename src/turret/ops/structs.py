@@ -135,20 +135,6 @@ class Prefixes:
     of_row: Sequence[int | None]
 
 
-class Mask(Protocol):
-    """One mask of dropout, which can be applied more than once."""
-
-    @property
-    def dropped(self) -> DropoutArguments:
-        """What a kernel computes the mask from. Its `scale` is left to the caller of `of`."""
-
-    def of(self, x: Tensor) -> Tensor:
-        """x with the dropped elements zero; any shape with as many elements."""
-
-    def mask_and_scale(self, x: Tensor) -> Tensor:
-        """The same, times `scale`."""
-
-
 class BaseProducts(Protocol):
     """The products of a frozen matrix W (D_out, D_in) with rows of tokens."""
 
@@ -193,19 +179,19 @@ class _SpansStruct(ctypes.Structure):
 class Lora(NamedTuple):
     """What LoRA adds to a frozen matrix: scale ((x mask) A^T) B^T. A: (R, D_in), B: (D_out, R), float32.
 
-    p: rate of dropout. mask: of this pass, drawn at that rate.
+    p: rate of dropout. dropped: the mask of this pass, drawn at that rate.
     """
 
     A: Tensor
     B: Tensor
     scaling: float
     p: float = 0.0
-    mask: Mask | None = None
+    dropped: DropoutArguments = NO_DROPOUT
 
     @property
     def scale(self) -> float:
         """With the 1 / (1 - p) of dropout."""
-        return self.scaling * (1.0 if self.mask is None else self.mask.dropped.scale)
+        return self.scaling * self.dropped.scale
 
 
 class Matrix(NamedTuple):

@@ -8,14 +8,15 @@ plain torch that gives the same numbers. `without` turns paths off by name for a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from turret.ops.core import REFERENCE, Ops, enabled, switched_off
 from turret.ops.cpu import compiled as cpu
-from turret.ops.cpu.ops import ops_of
+from turret.ops.cpu.compiled import rest
+from turret.ops.cpu.compiled import why as why_cpu_kernels
 from turret.ops.gpu import ops as gpu
 from turret.ops.gpu.ops import FEATURES as GPU_FEATURES
 from turret.ops.gpu.ops import gpu_paths_on_meta
@@ -43,24 +44,13 @@ def of(*tensors: Tensor) -> Ops:
         if each.dtype != first.dtype:
             return REFERENCE
     if first.is_cpu:
-        library = cpu.usable(first)
-        return REFERENCE if library is None else ops_of(library, first.dtype)
+        return cpu.library(first.dtype) or REFERENCE
     return gpu.ops_of(first)
 
 
 def narrows() -> bool:
     """Whether the last layer of a classifier computes the first token of each row alone."""
     return enabled("first_token")
-
-
-def why_cpu_kernels() -> str:
-    """Where the kernels of the CPU come from, or why there are none; for messages."""
-    return cpu.why()
-
-
-def rest() -> None:
-    """End the idle helper threads of the calling thread; see `cpu.compiled.rest`."""
-    cpu.rest()
 
 
 @dataclass(frozen=True)
@@ -195,9 +185,6 @@ def without(*names: str) -> Iterator[None]:
     off = {each for name in names for each in (name, *PATHS[name].part_of)}
     token = switched_off.set(switched_off.get() | off)
     try:
-        with ExitStack() as stack:
-            if "kernels" in off:
-                stack.enter_context(cpu.without())
-            yield
+        yield
     finally:
         switched_off.reset(token)

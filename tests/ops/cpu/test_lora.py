@@ -7,7 +7,7 @@ import torch
 from compiled_kernels import BOTH, close, compiled, draw, needed
 from torch import Tensor
 
-from turret.ops.structs import NO_DROPOUT, DropoutArguments
+from turret.ops.structs import NO_DROPOUT, DropoutArguments, Lora
 
 Numbers = tuple[Tensor, ...]
 BY = 1.7
@@ -25,17 +25,21 @@ def drawn(tokens: int, d_in: int, d_out: int, rank: int, dtype: torch.dtype) -> 
     return x, draw(rank, d_in) * d_in**-0.5, draw(d_out, rank), y, dy, dx
 
 
-def ours(numbers: Numbers, dropped: DropoutArguments) -> Numbers:
+def ours(numbers: Numbers, dropped: DropoutArguments, *, wanted: bool = True) -> Numbers:
     """y, dx, dA, dB"""
     x, A, B, y, dy, dx = (each.clone() for each in numbers)
-    h = compiled().lora(x, A, B, BY, dropped, y)
-    dA, dB = compiled().lora_backward(x, A, B, BY, dropped, h, dy, dx)
+    ops, loras = compiled(x.dtype), [Lora(A, B, BY / dropped.scale, dropped=dropped)]
+    inner = ops.add_lora([y], x, loras)
+    dA, dB = ops.lora_backward(loras, lambda: x, inner, [dy], dx if wanted else None)
+    assert dA is not None
+    assert dB is not None
     return y, dx, dA, dB
 
 
 def plainly(numbers: Numbers, dropped: DropoutArguments) -> Numbers:
     x, A, B, y, dy, dx = (each.double() for each in numbers)
-    mask = compiled().dropout(torch.ones_like(numbers[0]), dropped, 1.0).double() if dropped.threshold else 1.0
+    ops, ones = compiled(numbers[0].dtype), torch.ones_like(numbers[0])
+    mask = ops.dropout(ones, dropped, 1.0).double() if dropped.threshold else 1.0
     dh = BY * dy @ B
     return y + BY * (x * mask) @ A.mT @ B.mT, dx + (dh @ A) * mask, dh.mT @ (x * mask), BY * dy.mT @ (x * mask @ A.mT)
 
@@ -66,10 +70,9 @@ def test_control_another_mask_gives_another_result() -> None:
 @needed
 @BOTH
 def test_without_dx_the_factors_gradients_are_the_same(dtype: torch.dtype) -> None:
-    x, A, B, y, dy, _ = drawn(37, 64, 96, 8, dtype)
-    h = compiled().lora(x, A, B, BY, half(12345, 37), y)
-    given = compiled().lora_backward(x, A, B, BY, half(12345, 37), h, dy, None)
-    _, _, *expected = ours(drawn(37, 64, 96, 8, dtype), half(12345, 37))
+    numbers = drawn(37, 64, 96, 8, dtype)
+    _, _, *given = ours(numbers, half(12345, 37), wanted=False)
+    _, _, *expected = ours(numbers, half(12345, 37))
     assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
 
 

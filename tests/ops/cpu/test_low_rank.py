@@ -24,9 +24,9 @@ def test_low_rank_equals_the_plain_loop_and_leaves_other_rows_alone(
     ]
     factors[4] = None
     before, spans = y.clone(), spans_of(edges, factors, 170)
-    compiled().low_rank(spans, 0, x, y)  # no adapter has this layer
+    compiled(dtype).low_rank(spans, 0, x, y)  # no adapter has this layer
     assert torch.equal(y, before)
-    compiled().low_rank(spans, 1, x, y)
+    compiled(dtype).low_rank(spans, 1, x, y)
     close(y, adapted(edges, factors, x, before), dtype)
     bare = [0, 9, 10, 34, 35, *range(101, 110)]
     assert torch.equal(y[bare], before[bare])
@@ -39,9 +39,9 @@ def test_low_rank_of_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype,
     x, y = draw(90, 64, dtype=dtype), draw(90, 96, dtype=dtype)
     factors = [(draw(8, 64, dtype=dtype), draw(8, 96, dtype=dtype)) for _ in edges]
     together, alone, poisoned = y.clone(), y.clone(), x.clone()
-    compiled().low_rank(spans_of(edges, list(factors), 90), 1, x, together)
+    compiled(dtype).low_rank(spans_of(edges, list(factors), 90), 1, x, together)
     poisoned[edges[1][0] :] = float("nan")  # rows of another adapter, which may be read together with the last one
-    compiled().low_rank(spans_of(edges[:1], list(factors[:1]), 90), 1, poisoned, alone)
+    compiled(dtype).low_rank(spans_of(edges[:1], list(factors[:1]), 90), 1, poisoned, alone)
     assert torch.equal(together[: edges[0][1]], alone[: edges[0][1]])
 
 
@@ -57,8 +57,8 @@ def test_low_rank_of_a_token_is_the_same_in_a_span_as_alone(
     x, y = draw(7, sizes[0], dtype=dtype), draw(7, sizes[1], dtype=dtype)
     factors = (draw(rank, sizes[0], dtype=dtype), draw(rank, sizes[1], dtype=dtype))
     together, alone = y.clone(), y.clone()
-    compiled().low_rank(spans_of([(0, 7)], [factors], 7), 1, x, together)
-    compiled().low_rank(spans_of([(t, t + 1) for t in range(7)], [factors] * 7, 7), 1, x, alone)
+    compiled(dtype).low_rank(spans_of([(0, 7)], [factors], 7), 1, x, together)
+    compiled(dtype).low_rank(spans_of([(t, t + 1) for t in range(7)], [factors] * 7, 7), 1, x, alone)
     assert torch.equal(together, alone)
 
 
@@ -78,7 +78,7 @@ def test_low_rank_is_bit_equal_for_any_number_of_threads(threads: int, edges: li
         for count in (1, threads):
             torch.set_num_threads(count)
             given.append(y.clone())
-            compiled().low_rank(spans_of(edges, list(factors), 400), 1, x, given[-1])
+            compiled(torch.bfloat16).low_rank(spans_of(edges, list(factors), 400), 1, x, given[-1])
     finally:
         torch.set_num_threads(kept)
     assert torch.equal(*given)
@@ -94,6 +94,6 @@ def test_the_buffer_of_an_adapter_is_bit_equal_to_torchs(rank: int, dtype: torch
     factors = [(draw(rank, d_in), draw(d_out, rank)) for d_in, d_out in ((64, 96), (37, 41), (1, 1))]
     factors[1][0][0, 5] = float("nan")
     run = torch.empty(sum(A.numel() + B.numel() for A, B in factors), dtype=dtype)
-    compiled().lay_out(factors, 1.7, run)
+    compiled(dtype).lay_out(factors, 1.7, run)
     parts = [part for A, B in factors for part in (A.to(dtype), (B.mT * 1.7).to(dtype))]
     assert torch.equal(run.nan_to_num(9.0), torch.cat([part.flatten() for part in parts]).nan_to_num(9.0))

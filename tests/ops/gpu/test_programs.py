@@ -15,10 +15,9 @@ import torch
 from pretend_gpu import GPU, OnCard, on_cpu, pretend_gpu
 
 from turret.ops.core import REFERENCE
-from turret.ops.dropout import HashedMask
 from turret.ops.gpu import ops as gpu_ops
 from turret.ops.gpu.ops import ATTENTION, DROPOUT, FEATURES, LIGER
-from turret.ops.structs import STEPS, DropoutArguments, Lora, Mask, dropout_mask
+from turret.ops.structs import NO_DROPOUT, STEPS, DropoutArguments, Lora, dropout_mask
 
 CPU = torch.device("cpu")
 ALLOWED = {"float32": 2e-6, "float16": 3e-3}
@@ -156,8 +155,8 @@ def test_the_gradients_of_lora_on_a_gpu_are_autograds(p: float, rank: int) -> No
     with pretend_gpu(), torch.no_grad():
         card = lambda given: OnCard(given.detach().clone())
         own = [DropoutArguments(each.seed, each.threshold, each.scale, card(keys)) for each in dropped]
-        drawn: list[Mask | None] = [HashedMask(ops, each) if p else None for each in own]
-        loras = [Lora(card(a), card(b), 0.7, p, mask) for a, b, mask in zip(A, B, drawn, strict=True)]
+        drawn = own if p else [NO_DROPOUT] * len(own)
+        loras = [Lora(card(a), card(b), 0.7, p, each) for a, b, each in zip(A, B, drawn, strict=True)]
         y, given = [OnCard(torch.zeros(N, size)) for size in sizes], card(x)
         inner = ops.add_lora(y, given, loras, plus)
         dx = OnCard(torch.zeros(N, d_in))

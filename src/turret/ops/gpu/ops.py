@@ -123,7 +123,7 @@ class GpuOps(Ops):
         every = _stack_factors([lora for _, lora in own], x.dtype)
         if _masked(loras):
             factors = _parts(every.mT, loras)
-            inner = [_mask_input(x, lora) @ A for (_, lora), A in zip(own, factors, strict=True)]  # (N, R) each
+            inner = [self._mask_input(x, lora) @ A for (_, lora), A in zip(own, factors, strict=True)]  # (N, R) each
         else:
             inner = [x @ every.mT]  # (N, G R)
         for (out, lora), part in zip(own, _hidden(inner, loras), strict=True):
@@ -149,8 +149,8 @@ class GpuOps(Ops):
         else:
             for (_, lora), part, A in zip(own, parts, _parts(every.mT, loras), strict=True):
                 if dx is not None:
-                    dx.add_(_mask_input(part @ A.mT, lora))
-            of_A = tuple(part.mT @ _mask_input(given, lora) for (_, lora), part in zip(own, parts, strict=True))
+                    dx.add_(self._mask_input(part @ A.mT, lora))
+            of_A = tuple(part.mT @ self._mask_input(given, lora) for (_, lora), part in zip(own, parts, strict=True))
         found: LoraGradients = []
         for (d, lora), h, gradient in zip(own, _hidden(inner, loras), of_A, strict=True):
             found += [_add_gradient(lora.A, gradient, 1.0), _add_gradient(lora.B, d.mT @ h, lora.scale)]
@@ -264,16 +264,12 @@ def _module(name: str) -> ModuleType:
 
 
 def _masked(loras: Loras) -> bool:
-    return any(lora is not None and lora.mask is not None for lora in loras)
+    return any(lora is not None and lora.dropped.threshold > 0 for lora in loras)
 
 
 def _stack_factors(loras: Sequence[Lora], dtype: torch.dtype) -> Tensor:
     """The A of all, (G R, D_in)."""
     return (loras[0].A if len(loras) == 1 else torch.cat([lora.A for lora in loras])).to(dtype)
-
-
-def _mask_input(x: Tensor, lora: Lora) -> Tensor:
-    return x if lora.mask is None else lora.mask.of(x)
 
 
 def _hidden(inner: Sequence[Tensor], loras: Loras) -> Sequence[Tensor]:
