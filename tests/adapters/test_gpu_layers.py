@@ -31,7 +31,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     ops: GpuOps = ops_with(frozenset({ATTENTION}))
     own = layers.LayerHook.trained_output
 
-    def on_gpu(self: layers.LayerHook[Any], x: torch.Tensor, cos_sin: Any) -> torch.Tensor | None:
+    def on_gpu(self: layers.LayerHook, x: torch.Tensor, cos_sin: Any) -> torch.Tensor | None:
         y = own(self, x, cos_sin)
         taken.extend([1] * (y is not None))
         return y

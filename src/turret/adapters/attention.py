@@ -20,7 +20,7 @@ from turret.adapters.batch_context import BARE, BatchContext, CachedKV
 from turret.errors import AdapterError
 from turret.families.family import Family, Site
 from turret.ops.attention import BlockLayout, BlockSide, attend, attend_rows
-from turret.ops.core import Ops, to_device
+from turret.ops.core import to_device
 from turret.ops.dropout import Masks
 from turret.ops.structs import NO_DROPOUT, AttentionRows, DropoutArguments, Prefixes
 from turret.ops.table import of
@@ -225,21 +225,9 @@ def _attend_unpadded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: Atte
     dropped = masks.arguments(call.dropout, lambda: masks.tokens(stream, q.device))
     if call.softcap is None and ops.attends:
         rows, prefixes = rows_and_prefixes(hooked, call.scaling, call.window, k.dtype)
-        if takes_rows(ops, rows, prefixes, q.shape[3], call.dropout):
+        if ops.takes_attention(rows, prefixes, q.shape[3], call.dropout):
             return attend_rows(ops, rows, q, k, v, prefixes, dropped)
     return _unpadded_plainly(hooked, q, k, v, call, dropped)
-
-
-def takes_rows(ops: Ops, rows: AttentionRows, prefixes: Prefixes, dim: int, p: float) -> bool:
-    """Whether these operations compute the attention of a batch. dim: of a head. p: rate of dropout."""
-    return ops.takes_attention(
-        dim,
-        p=p,
-        biased=rows.bias is not None,
-        window=rows.window > 0,
-        prefixed=bool(prefixes.pairs),
-        all_asked=rows.all_asked,
-    )
 
 
 def rows_and_prefixes(

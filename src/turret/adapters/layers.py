@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from turret import quantized
-from turret.adapters.attention import AttentionCall, attend_in_pass, rows_and_prefixes, takes_rows
+from turret.adapters.attention import AttentionCall, attend_in_pass, rows_and_prefixes
 from turret.adapters.batch_context import BARE, AdapterPoolProtocol, BatchContext
 from turret.adapters.lora import LayerChange, LoRAFactors
 from turret.families.family import FastPaths, Layout
@@ -29,7 +28,7 @@ from turret.ops.dropout import Masks
 from turret.ops.lora import linear
 from turret.ops.structs import DropoutArguments, Group, LayerNorm, Lora, Matrix, RMSNorm
 from turret.ops.table import of
-from turret.transformer import ModelConfig, Submodule
+from turret.transformer import Submodule
 
 if TYPE_CHECKING:
     from turret.adapters.attention import Hooked
@@ -223,69 +222,6 @@ def merged_values(module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
     return dict(module.named_parameters())
 
 
-# --- layer types ------------------------------------------------------------------------------------------------------
-# The parts of transformers' layers by their names, for the type checker. No object is of these classes.
-
-
-class PostNormSelf(nn.Module):
-    """`BertSelfAttention` and its like."""
-
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
-    dropout: nn.Dropout
-    attention_head_size: int
-    scaling: float
-    config: ModelConfig
-    turret_hook: Hooked
-
-
-class PostNormAttention(nn.Module):
-    """`BertAttention`."""
-
-    self: PostNormSelf
-    output: nn.Module
-
-
-class PostNormIntermediate(nn.Module):
-    """`BertIntermediate`."""
-
-    dense: nn.Module
-    intermediate_act_fn: nn.Module
-
-
-class PostNormLayer(nn.Module):
-    """A layer of BERT or RoBERTa."""
-
-    attention: PostNormAttention
-    intermediate: PostNormIntermediate
-    output: nn.Module
-    is_decoder: bool
-
-
-class PreNormAttention(Submodule):
-    """`LlamaAttention`. Qwen 3 adds `q_norm` and `k_norm`."""
-
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    o_proj: nn.Module
-    head_dim: int
-    scaling: float
-    attention_dropout: float
-    config: ModelConfig
-    turret_hook: Hooked
-
-
-class PreNormLayer(nn.Module):
-    """A layer of Llama, Mistral or Qwen."""
-
-    self_attn: PreNormAttention
-    mlp: nn.Module
-    input_layernorm: nn.Module
-    post_attention_layernorm: nn.Module
-
-
 # --- replaced modules -------------------------------------------------------------------------------------------------
 
 
@@ -452,23 +388,28 @@ class Serving:
 # --- hooks ------------------------------------------------------------------------------------------------------------
 
 
-M = TypeVar("M", bound=nn.Module)
 AnyBlock = PostNorm | PreNorm
 Linears = Sequence[Sequence[nn.Module]]  # by group: q, k, v; out; up, or gate and up; down
 
 
-class LayerHook(ABC, Generic[M]):
-    """Replaces the forward of one layer of a model.
+class LayerHook:
+    """Replaces the forward of one layer of Llama, Mistral or Qwen.
 
     one_call: computes this layer and those after it, where a kernel does.
     """
 
-    layout: Layout
+    layout: Layout = "pre-norm"
 
-    def __init__(self, module: M, fast: FastPaths, context: BatchContext, order: list[OneCall]) -> None:
+    def __init__(self, module: Submodule, fast: FastPaths, context: BatchContext, order: list[OneCall]) -> None:
         self.module, self.context, self._fast = module, context, fast
         self._original: Callable[..., Any] = module.forward
         self.one_call = OneCall(self, order)
+
+    @property
+    def attention(self) -> Submodule:
+        """The module that calls the attention function."""
+        attention: Submodule = self.module.self_attn
+        return attention
 
     # transformers' arguments pass through; bound to this object, so that a copy of the model uses the copy's weights
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -517,7 +458,7 @@ class LayerHook(ABC, Generic[M]):
             return None
         call = self.call(p)
         rows, prefixes = rows_and_prefixes(self.hooked, call.scaling, call.window, x.dtype)
-        if not takes_rows(ops, rows, prefixes, block.dim, p):
+        if not ops.takes_attention(rows, prefixes, block.dim, p):
             return None
         matrices = Matrices(context, slot, x, ops)
         bare = [found for own in linears if (found := matrices.group(*own)) is not None]
@@ -541,159 +482,46 @@ class LayerHook(ABC, Generic[M]):
         return y
 
     @property
-    @abstractmethod
     def hooked(self) -> Hooked:
         """What the layer's attention carries."""
+        hooked: Hooked = self.attention.turret_hook
+        return hooked
 
     @property
-    @abstractmethod
+    def layer_count(self) -> int:
+        """How many layers the model computes."""
+        count: int = self.attention.config.num_hidden_layers
+        return count
+
+    def call(self, p: float) -> AttentionCall:
+        """The settings of its attention. p: rate of dropout."""
+        return AttentionCall(self.attention.scaling, p, self.hooked.family.window(self.attention))
+
+    @property
     def dropout(self) -> float:
         """Of attention's probabilities, in this mode."""
+        return self.attention.attention_dropout if self.attention.training else 0.0
+
+    @property
+    def branch_dropout(self) -> tuple[float, float]:
+        """The rates of dropout after attention and after the MLP, in this mode."""
+        return 0.0, 0.0
 
     @property
     def narrows(self) -> bool:
         """Whether only some tokens go on after attention."""
         return False
 
-    @property
-    @abstractmethod
-    def branch_dropout(self) -> tuple[float, float]:
-        """The rates of dropout after attention and after the MLP, in this mode."""
-
-    @abstractmethod
-    def call(self, p: float) -> AttentionCall:
-        """The settings of its attention. p: rate of dropout."""
-
-    @property
-    @abstractmethod
-    def layer_count(self) -> int:
-        """How many layers the model computes."""
-
-    @abstractmethod
     def fits(self, x: Tensor, cos_sin: CosSin | None) -> bool:
         """Whether the rotary positions are those of x's tokens, or none, as the layer needs them."""
-
-    @abstractmethod
-    def parts(self) -> tuple[AnyBlock, Linears] | None:
-        """The layer's norms and linear layers, or None if it contains anything else."""
-
-    @abstractmethod
-    def while_training(self, block: AnyBlock, first: DropoutArguments, last: DropoutArguments) -> AnyBlock:
-        """The block with the dropout of both branches in this pass, and the only tokens that go on."""
-
-    @abstractmethod
-    def call_layers(
-        self, layers: WholeLayers, hooks: Sequence[LayerHook[M]], x: Tensor, cos_sin: CosSin | None
-    ) -> Tensor | None:
-        """Consecutive layers in one call of a kernel, or None if this pass is of another kind."""
-
-
-class PostNormHook(LayerHook[PostNormLayer]):
-    """A layer of BERT or RoBERTa."""
-
-    layout: Layout = "post-norm"
-
-    @property
-    def hooked(self) -> Hooked:
-        return self.module.attention.self.turret_hook
-
-    @property
-    def dropout(self) -> float:
-        attention = self.module.attention.self
-        return attention.dropout.p if attention.training else 0.0
-
-    @property
-    def layer_count(self) -> int:
-        return self.module.attention.self.config.num_hidden_layers
-
-    def call(self, p: float) -> AttentionCall:
-        return AttentionCall(self.module.attention.self.scaling, p)
-
-    def fits(self, x: Tensor, cos_sin: CosSin | None) -> bool:
-        return cos_sin is None
-
-    def parts(self) -> tuple[PostNorm, Linears] | None:
-        module, attention = self.module, self.module.attention.self
-        outputs, intermediate = (module.attention.output, module.output), module.intermediate
-        known = all(named(each, (*self._fast.added_norms, NarrowedOutput.__name__)) for each in outputs)
-        if not known or module.is_decoder or not is_gelu(intermediate.intermediate_act_fn):
-            return None
-        if any(map(has_hooks, (module.attention, attention, intermediate, intermediate.intermediate_act_fn, *outputs))):
-            return None
-        norms = []
-        for output in outputs:
-            own = output.get_submodule("LayerNorm")
-            norm = own if torch.is_grad_enabled() else base_module_of(own)
-            if type(norm) is not nn.LayerNorm or norm.bias is None or has_hooks(own) or has_hooks(norm):
-                return None
-            norms.append(LayerNorm(norm.weight, norm.bias, norm.eps))
-        linears = (
-            (attention.query, attention.key, attention.value),
-            (outputs[0].get_submodule("dense"),),
-            (intermediate.dense,),
-            (outputs[1].get_submodule("dense"),),
-        )
-        return PostNorm((norms[0], norms[1]), attention.attention_head_size), linears
-
-    @property
-    def branch_dropout(self) -> tuple[float, float]:
-        found = []
-        for output in (self.module.attention.output, self.module.output):
-            dropout = output.get_submodule("dropout")
-            assert isinstance(dropout, nn.Dropout)
-            found.append(dropout.p if dropout.training else 0.0)
-        return found[0], found[1]
-
-    def while_training(self, block: AnyBlock, first: DropoutArguments, last: DropoutArguments) -> AnyBlock:
-        assert isinstance(block, PostNorm)
-        norms = block.norms[0]._replace(dropped=first), block.norms[1]._replace(dropped=last)
-        return PostNorm(norms, block.dim, self.context.read if self.narrows else None)
-
-    @property
-    def narrows(self) -> bool:
-        return isinstance(self.module.attention.output, NarrowedOutput)
-
-    def call_layers(
-        self, layers: WholeLayers, hooks: Sequence[LayerHook[PostNormLayer]], x: Tensor, cos_sin: CosSin | None
-    ) -> Tensor | None:
-        context, pool = self.context, self.context.adapter_pool
-        if pool is None or context.lengths is None or context.read is not None:
-            return None
-        attentions = [each.module.attention.self for each in hooks]
-        rows = [rows_and_prefixes(each.turret_hook, each.scaling, None, x.dtype) for each in attentions]
-        return layers.encoder(x, pool.spans("encoder"), rows)
-
-
-class PreNormHook(LayerHook[PreNormLayer]):
-    """A layer of Llama, Mistral or Qwen."""
-
-    layout: Layout = "pre-norm"
-
-    @property
-    def hooked(self) -> Hooked:
-        return self.module.self_attn.turret_hook
-
-    @property
-    def dropout(self) -> float:
-        attention = self.module.self_attn
-        return attention.attention_dropout if attention.training else 0.0
-
-    @property
-    def layer_count(self) -> int:
-        return self.module.self_attn.config.num_hidden_layers
-
-    def call(self, p: float) -> AttentionCall:
-        attention = self.module.self_attn
-        return AttentionCall(attention.scaling, p, self.hooked.family.window(attention))
-
-    def fits(self, x: Tensor, cos_sin: CosSin | None) -> bool:
-        shape = (1, x.shape[1], self.module.self_attn.head_dim)
+        shape = (1, x.shape[1], self.attention.head_dim)
         return cos_sin is not None and all(each.shape == shape for each in cos_sin)
 
-    def parts(self) -> tuple[PreNorm, Linears] | None:
-        module, attention, mlp = self.module, self.module.self_attn, self.module.mlp
+    def parts(self) -> tuple[AnyBlock, Linears] | None:
+        """The layer's norms and linear layers, or None if it contains anything else."""
+        module, attention, mlp = self.module, self.attention, self.module.mlp
         gated = named(mlp, self._fast.gated_mlps) and type(getattr(mlp, "act_fn", None)).__name__ in SILU
-        if not gated or any(map(has_hooks, (attention, mlp, mlp.get_submodule("act_fn")))):
+        if not gated or any(map(has_hooks, (attention, mlp, mlp.act_fn))):
             return None
         modules = [module.input_layernorm, module.post_attention_layernorm]
         modules += [own for name in ("q_norm", "k_norm") if (own := getattr(attention, name, None)) is not None]
@@ -703,21 +531,23 @@ class PreNormHook(LayerHook[PreNormLayer]):
             if type(norm) is not FrozenNorm or has_hooks(own) or has_hooks(norm):
                 return None
             norms.append(RMSNorm(norm.weight, norm.variance_epsilon))
-        gate, up, down = (mlp.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
-        linears = (attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,), (gate, up), (down,)
+        linears = (
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (attention.o_proj,),
+            (mlp.gate_proj, mlp.up_proj),
+            (mlp.down_proj,),
+        )
         heads = (norms[2], norms[3]) if len(norms) > 2 else None
         return PreNorm((norms[0], norms[1]), attention.head_dim, heads), linears
 
-    @property
-    def branch_dropout(self) -> tuple[float, float]:
-        return 0.0, 0.0
-
     def while_training(self, block: AnyBlock, first: DropoutArguments, last: DropoutArguments) -> AnyBlock:
+        """The block with the dropout of both branches in this pass, and the only tokens that go on."""
         return block
 
     def call_layers(
-        self, layers: WholeLayers, hooks: Sequence[LayerHook[PreNormLayer]], x: Tensor, cos_sin: CosSin | None
+        self, layers: WholeLayers, hooks: Sequence[LayerHook], x: Tensor, cos_sin: CosSin | None
     ) -> Tensor | None:
+        """Consecutive layers in one call of a kernel, or None if this pass is of another kind."""
         pool, cache = self.context.adapter_pool, self.context.cache
         if pool is None or cache is None or cos_sin is None or cache.fresh("decoder") or not self.fits(x, cos_sin):
             return None
@@ -729,6 +559,70 @@ class PreNormHook(LayerHook[PreNormLayer]):
         return layers.decoder(x, cos, sin, pool.spans("decoder"), parts)
 
 
+class PostNormHook(LayerHook):
+    """The same for a layer of BERT or RoBERTa."""
+
+    layout: Layout = "post-norm"
+
+    @property
+    def attention(self) -> Submodule:
+        attention: Submodule = self.module.attention.self
+        return attention
+
+    @property
+    def dropout(self) -> float:
+        return self.attention.dropout.p if self.attention.training else 0.0
+
+    @property
+    def branch_dropout(self) -> tuple[float, float]:
+        first, last = (each.dropout for each in (self.module.attention.output, self.module.output))
+        return first.p if first.training else 0.0, last.p if last.training else 0.0
+
+    @property
+    def narrows(self) -> bool:
+        return isinstance(self.module.attention.output, NarrowedOutput)
+
+    def fits(self, x: Tensor, cos_sin: CosSin | None) -> bool:
+        return cos_sin is None
+
+    def parts(self) -> tuple[AnyBlock, Linears] | None:
+        module, attention, intermediate = self.module, self.attention, self.module.intermediate
+        outputs = module.attention.output, module.output
+        known = all(named(each, (*self._fast.added_norms, NarrowedOutput.__name__)) for each in outputs)
+        if not known or module.is_decoder or not is_gelu(intermediate.intermediate_act_fn):
+            return None
+        if any(map(has_hooks, (module.attention, attention, intermediate, intermediate.intermediate_act_fn, *outputs))):
+            return None
+        norms = []
+        for output in outputs:
+            own = output.LayerNorm
+            norm = own if torch.is_grad_enabled() else base_module_of(own)
+            if type(norm) is not nn.LayerNorm or norm.bias is None or has_hooks(own) or has_hooks(norm):
+                return None
+            norms.append(LayerNorm(norm.weight, norm.bias, norm.eps))
+        linears = (
+            (attention.query, attention.key, attention.value),
+            (outputs[0].dense,),
+            (intermediate.dense,),
+            (outputs[1].dense,),
+        )
+        return PostNorm((norms[0], norms[1]), attention.attention_head_size), linears
+
+    def while_training(self, block: AnyBlock, first: DropoutArguments, last: DropoutArguments) -> AnyBlock:
+        assert isinstance(block, PostNorm)
+        norms = block.norms[0]._replace(dropped=first), block.norms[1]._replace(dropped=last)
+        return PostNorm(norms, block.dim, self.context.read if self.narrows else None)
+
+    def call_layers(
+        self, layers: WholeLayers, hooks: Sequence[LayerHook], x: Tensor, cos_sin: CosSin | None
+    ) -> Tensor | None:
+        context, pool = self.context, self.context.adapter_pool
+        if pool is None or context.lengths is None or context.read is not None:
+            return None
+        rows = [rows_and_prefixes(each.hooked, each.attention.scaling, None, x.dtype) for each in hooks]
+        return layers.encoder(x, pool.spans("encoder"), rows)
+
+
 # --- one call ---------------------------------------------------------------------------------------------------------
 
 
@@ -738,7 +632,7 @@ class OneCall:
     order: all layers of the model.
     """
 
-    def __init__(self, hook: LayerHook[M], order: list[OneCall]) -> None:
+    def __init__(self, hook: LayerHook, order: list[OneCall]) -> None:
         self.hook, self._order, self._index = hook, order, len(order)
         self._weights: tuple[AdapterPoolProtocol, LayerWeights | None] | None = None  # as found in this pool
         self._runs: dict[int, WholeLayers] = {}  # by the number of layers
@@ -799,11 +693,6 @@ class OneCall:
         return run
 
 
-LAYOUTS: dict[Layout, type[LayerHook[Any]]] = {  # each has its own modules
-    each.layout: each for each in (PostNormHook, PreNormHook)
-}
-
-
 def is_gelu(module: nn.Module) -> bool:
     """Whether the module is the exact GELU."""
     exact = type(module) is nn.GELU and module.approximate == "none"
@@ -821,11 +710,11 @@ def hook(model: nn.Module, fast: FastPaths, context: BatchContext) -> list[Calla
     """Let the layers of a model compute as blocks where they can; returns functions that undo it."""
     if fast.layout is None:
         return []
-    kind = LAYOUTS[fast.layout]
+    kind = PostNormHook if fast.layout == PostNormHook.layout else LayerHook
     order: list[OneCall] = []
     undo: list[Callable[[], None]] = []
     for module in model.modules():
         if named(module, fast.layers) and "forward" not in vars(module):
-            module.forward = kind(module, fast, context, order).forward
+            module.forward = kind(cast(Submodule, module), fast, context, order).forward
             undo.append(functools.partial(vars(module).__delitem__, "forward"))
     return undo

@@ -297,13 +297,8 @@ class Ops:
         """Whether `attention` computes anything."""
         return self.kernels and enabled("flash")
 
-    def takes_attention(
-        self, dim: int, *, p: float, biased: bool, window: bool, prefixed: bool, all_asked: bool
-    ) -> bool:
-        """Whether `attention` computes heads of that size.
-
-        p: rate of dropout. Whether there are: a bias by position, a window, prefixes, a query for every token.
-        """
+    def takes_attention(self, rows: AttentionRows, prefixes: Prefixes, dim: int, p: float) -> bool:
+        """Whether `attention` computes a batch. dim: of a head. p: rate of dropout."""
         return False
 
     def attention(

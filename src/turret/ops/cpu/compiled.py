@@ -572,9 +572,7 @@ class CpuOps(Ops):
 
     # --- attention ----------------------------------------------------------------------------------------------------
 
-    def takes_attention(
-        self, dim: int, *, p: float, biased: bool, window: bool, prefixed: bool, all_asked: bool
-    ) -> bool:
+    def takes_attention(self, rows: AttentionRows, prefixes: Prefixes, dim: int, p: float) -> bool:
         return self.attends
 
     def attention(

@@ -203,12 +203,11 @@ class GpuOps(Ops):
 
     # --- attention ----------------------------------------------------------------------------------------------------
 
-    def takes_attention(
-        self, dim: int, *, p: float, biased: bool, window: bool, prefixed: bool, all_asked: bool
-    ) -> bool:
+    def takes_attention(self, rows: AttentionRows, prefixes: Prefixes, dim: int, p: float) -> bool:
         """No dropout, no bias, no window that would hide a prefix."""
         fits = self.attends and ATTENTION in self.features and dim % 8 == 0 and dim <= WIDEST
-        return fits and p == 0.0 and not biased and not (window and prefixed) and all_asked
+        hidden = rows.window and prefixes.pairs
+        return fits and p == 0.0 and rows.bias is None and not hidden and rows.all_asked
 
     def attention(
         self, rows: AttentionRows, q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes, dropped: DropoutArguments
