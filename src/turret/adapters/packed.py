@@ -205,16 +205,16 @@ def _hidden(model: Model, rows: Sequence[Tensor], slots: Sequence[int] | None, r
     rows, slots = _padded_rows(rows, slots)
     lengths = [len(row) for row in rows]
     ids, settings = tokens(model, rows)
-    offset = attached.family.position_offset(model.config)
-    if attached.family.decoder_only:
-        settings["use_cache"] = False
+    positions = row_positions(lengths, attached.family.position_offset(model.config), ids.device)
     with set_context(attached.context, slots, {attached.family.kind: lengths}, in_body=True, read=read):
-        output = model.base_model(
-            input_ids=ids,
-            attention_mask=ready_mask(ids),
-            position_ids=row_positions(lengths, offset, ids.device)[None],
-            **settings,
-        )
+        return body_states(model, ids, positions, settings)
+
+
+def body_states(model: Model, ids: Tensor, positions: Tensor, settings: dict[str, Tensor | bool]) -> Tensor:
+    """Last hidden states of an encoder or a decoder: (N, D). ids: (1, N). positions: (N,). settings: as of `tokens`."""
+    if attachment(model).family.decoder_only:
+        settings = settings | {"use_cache": False}
+    output = model.base_model(input_ids=ids, attention_mask=ready_mask(ids), position_ids=positions[None], **settings)
     hidden: Tensor = output[0][0]
     return hidden
 
@@ -255,13 +255,18 @@ def _encoder_decoder_hidden(
         encoded = model.get_encoder()(input_ids=source, attention_mask=ready_mask(source))[0]  # (1, N, D)
         if attached.context.masks is not None:
             attached.context.masks.stream = "decoder"
-        output = model.get_decoder()(
-            input_ids=target,
-            attention_mask=ready_mask(target),
-            encoder_hidden_states=encoded,
-            encoder_attention_mask=ready_mask(target),
-            use_cache=False,
-        )
+        return decoder_states(model, target, encoded)
+
+
+def decoder_states(model: Model, target: Tensor, encoded: Tensor) -> Tensor:
+    """Last hidden states of an encoder-decoder's decoder: (M, D). target: (1, M) ids. encoded: (1, N, D)."""
+    output = model.get_decoder()(
+        input_ids=target,
+        attention_mask=ready_mask(target),
+        encoder_hidden_states=encoded,
+        encoder_attention_mask=ready_mask(target),
+        use_cache=False,
+    )
     hidden: Tensor = output[0][0]
     return hidden
 

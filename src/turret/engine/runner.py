@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from turret.adapters.batch_context import BARE, set_context
 from turret.adapters.hooks import detach
-from turret.adapters.packed import pool, ready_mask, shift_right, tokens, vocabulary_logits
+from turret.adapters.packed import (
+    body_states,
+    decoder_states,
+    pool,
+    ready_mask,
+    shift_right,
+    tokens,
+    vocabulary_logits,
+)
 from turret.bases.base import Base, spare
 from turret.bases.device import gpu_memory
 from turret.engine.adapter_pool import AdapterPool
@@ -305,27 +313,19 @@ class Runner:
 
     def _single_stack(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> _States:
         """An encoder or a decoder."""
-        family = self.base.family
-        kind, shared = family.kind, self._shared_rows(rows, steps)
+        kind, shared = self.base.family.kind, self._shared_rows(rows, steps)
         lower = rows if shared is None else shared.rows
         ids, call = self._tokens(lower, steps)
         lengths = [len(row.ids) for row in rows]
         read = self._read(rows, steps, lengths)
-        if family.decoder_only:
-            call["use_cache"] = False
         counts = [len(row.ids) for row in lower]
         starts = [self._start(row.slot) + row.earlier for row in lower]
         positions = _positions(counts, starts, [self._at(step) for step in steps], self._offset)
         spans = [{"decoder": span} for span in _spans(counts)]
         with self._pass(lower, steps, {kind: counts}, spans, {kind: positions}, read), self._widening(rows, shared):
-            output = self.model.base_model(
-                input_ids=ids,
-                attention_mask=ready_mask(ids),
-                position_ids=to_device(positions, self.device)[None],
-                **call,
-            )
+            hidden = body_states(self.model, ids, to_device(positions, self.device), call)
         lengths = lengths if read is None else [1] * len(lengths)
-        return _States(output[0][0], lengths, output[0][0], lengths)
+        return _States(hidden, lengths, hidden, lengths)
 
     @contextmanager
     def _widening(self, rows: Sequence[Prefill], shared: _Shared | None) -> Iterator[None]:
@@ -394,14 +394,8 @@ class Runner:
                 encoded = self.model.get_encoder()(input_ids=source, attention_mask=ready_mask(source))[0]
             else:  # the sources are in the cache, but the decoder still projects an encoder output
                 encoded = torch.zeros(1, 1, config.hidden_size, dtype=self.adapter_pool.dtype, device=self.device)
-            output = self.model.get_decoder()(
-                input_ids=ids,
-                attention_mask=ready_mask(ids),
-                encoder_hidden_states=encoded,
-                encoder_attention_mask=ready_mask(ids),
-                use_cache=False,
-            )
-        return _States(output[0][0], lengths["decoder"], encoded[0], lengths["encoder"])
+            hidden = decoder_states(self.model, ids, encoded)
+        return _States(hidden, lengths["decoder"], encoded[0], lengths["encoder"])
 
     @contextmanager
     def _pass(
