@@ -425,6 +425,16 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def layer_paths(model: nn.Module) -> list[str]:
+    """The layers of every stack: what lists of modules hold that are not inside another list."""
+    layers: list[str] = []
+    for path, module in model.named_modules():
+        inside = path.startswith((f"{ATTRIBUTE}.", *(f"{each}." for each in layers)))
+        if isinstance(module, nn.ModuleList) and not inside:
+            layers += [f"{path}.{place}" for place in range(len(module))]
+    return layers
+
+
 # --- positions --------------------------------------------------------------------------------------------------------
 # Of unpadded rows, and shifted by a causal prefix.
 #

@@ -15,7 +15,15 @@ from torch.utils.checkpoint import checkpoint
 from turret import quantized
 from turret.adapters.adapter import Adapter, Extracted, require_base, shared_names
 from turret.adapters.batch_context import ATTACHED, BatchContext, drawing_alone
-from turret.adapters.hooks import ATTRIBUTE, AdapterInit, attachment, detach, hook_model, require_bare
+from turret.adapters.hooks import (
+    ATTRIBUTE,
+    AdapterInit,
+    attachment,
+    detach,
+    hook_model,
+    layer_paths,
+    require_bare,
+)
 from turret.adapters.layers import NORMED
 from turret.adapters.tuners.tuner import all_parts, mount_parts, tuner_of
 from turret.arguments import check_arguments
@@ -69,7 +77,7 @@ def _copy_batch(context: BatchContext) -> BatchContext:
     """The batch, with the layouts and masks that there are so far."""
     batch = copy.copy(context)
     batch.memo = dict(context.memo)
-    batch.masks = None if context.masks is None else context.masks.copy()
+    batch.masks = copy.copy(context.masks)
     return batch
 
 
@@ -90,24 +98,12 @@ def checkpoint_layers(model: Model) -> None:
         AdapterError: the model has no list of layers.
     """
     attached = attachment(model)
-    layers = _layers(model)
-    if not layers:
+    paths = layer_paths(model)
+    if not paths:
         raise AdapterError(f"{attached.family.name} has no list of layers: leave train.checkpoint_layers off")
     of(torch.empty(0))  # loads the kernels and checks them now: inside a layer, the check would save tensors too
-    for layer in layers:
-        attached.undo.append(_replace(layer, attached.context))
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of every stack: what lists of modules hold that are not inside another list."""
-    lists: list[str] = []
-    layers: list[nn.Module] = []
-    for path, module in model.named_modules():
-        inside = path.startswith((f"{ATTRIBUTE}.", *(f"{each}." for each in lists)))
-        if isinstance(module, nn.ModuleList) and not inside:
-            lists.append(path)
-            layers += module
-    return layers
+    for path in paths:
+        attached.undo.append(_replace(model.get_submodule(path), attached.context))
 
 
 def _replace(layer: nn.Module, context: BatchContext) -> Callable[[], None]:

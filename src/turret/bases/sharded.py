@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from turret.adapters.hooks import layer_paths
 from turret.bases.base import (
     Base,
     Dtype,
@@ -65,15 +66,6 @@ def digest_of(tensor: Tensor) -> str:
     """SHA-256 of the bytes that this process has of a tensor, in hex digits."""
     data = own_part(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return hashlib.sha256(data).hexdigest()
-
-
-def layer_paths(model: nn.Module) -> list[str]:
-    """The layers of every stack: what lists of modules hold that are not inside another list."""
-    layers: list[str] = []
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not path.startswith(tuple(f"{each}." for each in layers)):
-            layers += [f"{path}.{place}" for place in range(len(module))]
-    return layers
 
 
 def divided_layers(model: nn.Module) -> dict[str, nn.Module]:

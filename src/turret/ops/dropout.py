@@ -74,12 +74,6 @@ class Masks:
         self._keys: dict[tuple[str, int], Tensor] = {}
         self._sites = 0
 
-    def copy(self) -> Masks:
-        """The same state: both draw the same masks from here on, from the same state of torch's generator."""
-        twin = Masks(self._key, self._numbers, self._lengths, self._read)
-        twin.stream, twin._keys, twin._sites = self.stream, self._keys, self._sites
-        return twin
-
     @property
     def key(self) -> int:
         if self._key is None:

@@ -19,10 +19,11 @@ from torch.overrides import TorchFunctionMode
 
 from turret import adapters, process, quantized
 from turret.adapters import packed
+from turret.adapters.hooks import layer_paths
 from turret.bases.base import cast
 from turret.bases.device import CPU, gigabytes, gpu_memory
 from turret.bases.meta_model import CONTEXT
-from turret.bases.sharded import divided_layers, layer_paths
+from turret.bases.sharded import divided_layers
 from turret.engine.cache import capacity
 from turret.errors import OutOfMemory, memory_ran_out
 from turret.families import family_of
