@@ -13,7 +13,7 @@ from experiments.conftest import filled
 from turret import Workspace
 from turret.errors import BadExperiment, ExperimentError, GateFailed, InUse, NotFound, StoreError
 from turret.experiments import Guards
-from turret.experiments.analyze import Compared, Health, decide
+from turret.experiments.analyze import Against, Missing, Since, decide
 from turret.experiments.experiment import MISSING_BOUND
 from turret.workspace import promoting
 
@@ -224,21 +224,31 @@ def test_a_sample_ratio_mismatch_is_shown_before_any_verdict_and_nothing_is_deci
 
 
 def test_the_policy_in_its_order() -> None:
-    far, near = 20.0, 0.0
-    good = Compared("candidate", 0.05, far, near, near, "better")
-    bad = Compared("candidate", 0.05, near, far, far, "worse")
-    fine = Health("candidate", "candidate", ())
-    failing = Health("candidate", "candidate", ("12 of its last 80 answers were errors",))
+    far, near = 1e9, 0.5
+    good = Against(
+        verdict="better", if_alike="better", missing=Missing(0.0, 0.0, 0.2), difference=0.1, interval=None,
+        better=far, worse=near, worse_by=near, peak=20.0, now=far, equality=20.0, needed=20.0, since=None,
+    )  # fmt: skip
+    bad = replace(good, verdict="worse", if_alike="worse", better=near, worse=far, worse_by=far, peak=0.0)
+    turned = replace(good, since=Since(outcomes=900, difference=-0.1, turned=True))
+    failing = [("candidate", "12 of its last 80 answers were errors")]
     ask = Guards(promote=True)
-    assert decide([good], [failing], ask, void="units").action == "drop"
-    assert decide([good], [fine], ask, void="units").action == "hold"
-    assert decide([bad], [fine], ask, void=None).action == "drop"
-    assert decide([bad], [fine], Guards(worse_by=None), void=None).action == "continue"
-    assert decide([good], [fine], ask, void=None).action == "promote"
-    assert decide([good], [fine], Guards(), void=None).action == "continue"
-    assert decide([good], [fine], ask, void=None, named=False).action == "continue"
-    assert decide([replace(good, turned=True)], [fine], ask, void=None).action == "continue"
-    assert decide([], [fine], ask, void=None).action == "continue"
+
+    def decided(found: Against | None, alarms=(), guards=ask, *, void=None, named=True) -> str:
+        live = {} if found is None else {"candidate": found}
+        return decide(live, alarms, guards, void=void, named=named).action
+
+    assert decided(good, failing, void="units") == "drop"
+    assert decided(good, void="units") == "hold"
+    assert decided(bad) == "drop"
+    assert decided(replace(bad, worse_by=None), guards=Guards(worse_by=None)) == "continue"
+    assert decided(good) == "promote"
+    assert decided(good, guards=Guards()) == "continue"
+    assert decided(good, named=False) == "continue"
+    assert decided(turned) == "continue"
+    assert decided(None) == "continue"
+    better = replace(good, peak=900.0)  # the e-value of both is at its cap
+    assert decide({"candidate": good, "candidate2": better}, (), ask, void=None).arm == "candidate2"
 
 
 def test_what_an_experiment_runs_with_is_not_deleted(workspace) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 
 from turret.experiments import evidence, outcomes, rows
 from turret.experiments.evidence import HIDDEN, OutcomeTally
-from turret.experiments.experiment import SLOW_SHARE, Arm, Experiment, Guards, Role
+from turret.experiments.experiment import SLOW_SHARE, Arm, Experiment, Guards
 from turret.experiments.guarding import Detector, Watch
 from turret.experiments.outcomes import CountedOutcome
 from turret.experiments.rows import ArmHealth, Event
@@ -50,28 +50,6 @@ Action = Literal["continue", "hold", "drop", "promote"]
 
 
 @dataclass(frozen=True)
-class Compared:
-    """The evidence of one candidate against the control, as logarithms."""
-
-    arm: str
-    level: float
-    better: float  # highest evidence so far
-    worse: float
-    worse_by: float  # worse by more than the guard's margin
-    verdict: Verdict = "undecided"  # the first that the evidence reached
-    turned: bool = False  # later outcomes have reversed the verdict
-
-
-@dataclass(frozen=True)
-class Health:
-    """What the detectors say about the answers of an arm."""
-
-    arm: str
-    role: Role
-    alarms: tuple[str, ...]  # such as "12 of its last 80 answers were errors, the limit is 2%; ..."
-
-
-@dataclass(frozen=True)
 class Decision:
     """What to do, and why, on one line."""
 
@@ -86,8 +64,8 @@ def deciding_evidence(level: float) -> float:
 
 
 def decide(
-    compared: Sequence[Compared],
-    health: Sequence[Health],
+    live: Mapping[str, Against],
+    alarms: Sequence[tuple[str, str]],
     guards: Guards,
     *,
     void: str | None,
@@ -96,23 +74,22 @@ def decide(
     """The first thing to do. Call it again after it was done.
 
     Args:
+        live: candidate -> its evidence; those that were rolled back are left out.
+        alarms: (arm, such as "12 of its last 80 answers were errors, the limit is 2%; ...").
         void: the check that found that the arms cannot be compared, or None.
         named: whether the experiment is a discovery among all experiments of the store.
     """
-    for each in health:
-        if each.alarms:
-            return Decision("drop", each.arm, each.alarms[0])
+    for arm, alarm in alarms:
+        return Decision("drop", arm, alarm)
     if void is not None:
         return Decision("hold", None, void)
-    if guards.worse_by is not None:
-        for found in compared:
-            if found.worse_by >= deciding_evidence(found.level):
-                return Decision("drop", found.arm, f"its outcomes are worse{_margin(guards)}")
+    for arm, found in live.items():
+        if found.worse_by is not None and found.worse_by >= found.needed:
+            return Decision("drop", arm, f"its outcomes are worse{_margin(guards)}")
     if guards.promote:
-        winners = [found for found in compared if found.verdict == "better" and not found.turned]
+        winners = {arm: found.peak for arm, found in live.items() if found.wins}
         if winners and named:
-            best = max(winners, key=lambda found: found.better)
-            return Decision("promote", best.arm, "its outcomes are better")
+            return Decision("promote", max(winners, key=lambda arm: winners[arm]), "its outcomes are better")
     return Decision("continue", None, "the evidence is not decisive yet")
 
 
@@ -153,29 +130,32 @@ class Memory:
         self, experiment: Experiment, split: Mapping[int, Mapping[str, float]], found: Sequence[CountedOutcome]
     ) -> None:
         """Add outcomes that count, at least one."""
-        metric, guards = experiment.metric, experiment.guards
-        wide = metric.high - metric.low
+        metric = experiment.metric
         values = np.array([row.value for row in found])
-        y = (values - metric.low) / wide
+        y = (values - metric.low) / (metric.high - metric.low)
         if metric.goal == "lower":
             y = 1 - y
         for arm in experiment.candidates:
             here = np.array([row.arm in (arm.name, experiment.control.name) for row in found])
             shares = [_share(split[row.revision], arm.name, experiment.control.name) for row in found]
             which = np.array([int(row.arm == arm.name) for row in found])
-            margin = None if guards.worse_by is None else guards.worse_by / wide
-            tally = self.tallies.get(arm.name) or OutcomeTally.empty(
-                binary=metric.kind == "binary",
-                margin=margin,
-                decides=deciding_evidence(experiment.level),
-                hides=self.hides,
-            )
+            tally = self.tally(experiment, arm)
             self.tallies[arm.name] = tally.after(which[here], y[here], np.array(shares)[here])
         for row in found:
             counts = self.counts.setdefault(row.revision, {})
             counts[row.arm] = counts.get(row.arm, 0) + 1
             self.sums[row.arm] = self.sums.get(row.arm, 0.0) + row.value
         self.last = found[-1].id
+
+    def tally(self, experiment: Experiment, arm: Arm) -> OutcomeTally:
+        """The sums over the outcomes of a candidate and the control; empty without outcomes."""
+        metric, margin = experiment.metric, experiment.guards.worse_by
+        return self.tallies.get(arm.name) or OutcomeTally.empty(
+            binary=metric.kind == "binary",
+            margin=None if margin is None else margin / (metric.high - metric.low),
+            decides=deciding_evidence(experiment.level),
+            hides=self.hides,
+        )
 
     def mean(self, arm: str) -> float | None:
         """The mean outcome of an arm, or None."""
@@ -227,6 +207,7 @@ class Against:
     better: float  # peak / 2
     worse: float
     worse_by: float | None  # peak / 2; None if the guard is off
+    peak: float  # log evidence of better, neither halved nor capped
     now: float  # current evidence of the side of the verdict, halved
     equality: float  # current log evidence against equal arms
     needed: float  # 1 / level
@@ -235,6 +216,11 @@ class Against:
     @property
     def turned(self) -> bool:
         return self.since is not None and self.since.turned
+
+    @property
+    def wins(self) -> bool:
+        """Whether it is better, and later outcomes have not reversed that."""
+        return self.verdict == "better" and not self.turned
 
     def as_json(self) -> JsonObject:
         return {
@@ -338,17 +324,13 @@ def analyze(
         )
         for arm in experiment.arms
     )
-    live = [
-        replace(_compare_arm(experiment, each.arm, memory), verdict=each.against.verdict)
-        for each in arms
-        if each.against is not None and each.arm.live
-    ]
-    guarded = [_health(experiment, each, watch) for each in arms[1:] if each.arm.live]
-    won = alarm is None and any(each.verdict == "better" and not each.turned for each in live)
+    live = {each.arm.name: each.against for each in arms if each.against is not None and each.arm.live}
+    alarms = [(each.arm.name, text) for each in arms[1:] if each.arm.live for text in _alarms(experiment, each, watch)]
+    won = alarm is None and any(found.wins for found in live.values())
     other_evidence = others() if won and experiment.state == rows.RUNNING else ()
     discovery = evidence.evidence_needed(other_evidence, experiment.alpha) if other_evidence else None
     named = discovery is None or _equality([each.against for each in arms]) >= discovery
-    decision = decide(live, guarded, experiment.guards, void=alarm, named=named)
+    decision = decide(live, alarms, experiment.guards, void=alarm, named=named)
     checks = {check: capped_e_value(peak) for check, peak in memory.validity.peaks().items()}
     return Analysis(experiment, arms, checks, alarm, recorded, discovery, decision, history)
 
@@ -361,39 +343,39 @@ def against(
     Args:
         units: arm -> number of units that were answered; without it all of them have an outcome.
     """
-    found, tally = _compare_arm(experiment, arm, memory), memory.tallies.get(arm.name)
-    metric, level = experiment.metric, experiment.level
+    tally, metric, level = memory.tally(experiment, arm), experiment.metric, experiment.level
     scale = (metric.high - metric.low) * (1 if metric.goal == "higher" else -1)
-    interval = None if tally is None else tally.interval(level)
-    difference = None if tally is None else tally.difference
-    ends = sorted(end * scale for end in interval) if interval is not None else None
-    side = None if tally is None else tally.worse if found.verdict == "worse" else tally.better
-    missing = _missing(experiment, arm, memory, found.verdict, units or {})
-    stands: Verdict = found.verdict if missing.holds else "undecided"
+    interval, difference = tally.interval(level), tally.difference
+    ends = None if interval is None else sorted(end * scale for end in interval)
+    verdict: Verdict = tally.verdict or "undecided"
+    side = tally.worse if verdict == "worse" else tally.better
+    missing = _missing(experiment, arm, memory, verdict, units or {})
+    stands: Verdict = verdict if missing.holds else "undecided"
     return Against(
         verdict="void" if void else stands,
-        if_alike=found.verdict,
+        if_alike=verdict,
         missing=missing,
         difference=None if difference is None else difference * scale,
         interval=None if ends is None else (ends[0], ends[1]),
-        better=capped_e_value(found.better) / 2,
-        worse=capped_e_value(found.worse) / 2,
-        worse_by=None if experiment.guards.worse_by is None else capped_e_value(found.worse_by) / 2,
-        now=0.5 if side is None else capped_e_value(side.now) / 2,
-        equality=0.0 if tally is None else tally.equality(missing.assumed),
+        better=capped_e_value(tally.better.peak) / 2,
+        worse=capped_e_value(tally.worse.peak) / 2,
+        worse_by=None if experiment.guards.worse_by is None else capped_e_value(tally.worse_by.peak) / 2,
+        peak=tally.better.peak,
+        now=capped_e_value(side.now) / 2,
+        equality=tally.equality(missing.assumed),
         needed=1 / level,
-        since=None if tally is None else _since(tally, scale),
+        since=_since(tally, scale),
     )
 
 
 def _missing(experiment: Experiment, arm: Arm, memory: Memory, verdict: Verdict, units: Mapping[str, int]) -> Missing:
     """What missing outcomes could do to this verdict."""
-    told, tally = _total(memory.counts.values()), memory.tallies.get(arm.name)
+    told = _total(memory.counts.values())
     shares = [1 - told[each] / units[each] for each in (arm.name, experiment.control.name) if units.get(each)]
     share = max(shares, default=0.0)
     may = min(share, experiment.missing_bound)
     assumed = min((beta for beta in HIDDEN if beta >= may - 1e-9), default=HIDDEN[-1]) if may > 0 else 0.0
-    tipping = tally.tipping(verdict) if tally is not None and verdict in ("better", "worse") else 0.0
+    tipping = memory.tally(experiment, arm).tipping(verdict) if verdict in ("better", "worse") else 0.0
     return Missing(share, assumed, tipping)
 
 
@@ -424,15 +406,6 @@ def _share(split: Mapping[str, float], candidate: str, control: str) -> float:
     return split.get(candidate, 0.0) / both if both > 0 else 0.0
 
 
-def _compare_arm(experiment: Experiment, arm: Arm, memory: Memory) -> Compared:
-    tally = memory.tallies.get(arm.name)
-    if tally is None:
-        return Compared(arm.name, experiment.level, 0.0, 0.0, 0.0)
-    better, worse, by_margin = (process.peak for process in (tally.better, tally.worse, tally.worse_by))
-    verdict: Verdict = tally.verdict or "undecided"
-    return Compared(arm.name, experiment.level, better, worse, by_margin, verdict, tally.turned)
-
-
 def _bounds(experiment: Experiment) -> dict[str, float]:
     """Kind of bad answers -> the share that the guards allow."""
     guards = experiment.guards
@@ -440,11 +413,12 @@ def _bounds(experiment: Experiment) -> dict[str, float]:
     return errors if guards.max_seconds is None else errors | {"slow": SLOW_SHARE}
 
 
-def _health(experiment: Experiment, each: ArmAnalysis, watch: Watch) -> Health:
+def _alarms(experiment: Experiment, each: ArmAnalysis, watch: Watch) -> Iterator[str]:
+    """What the detectors say about the answers of an arm."""
     watched = watch.arms.get(each.arm.name)
-    detectors = () if watched is None else watched.detectors
-    alarms = tuple(_alarm(found, experiment.guards.max_seconds) for found in detectors if found.alarm)
-    return Health(each.arm.name, each.arm.role, alarms)
+    for found in () if watched is None else watched.detectors:
+        if found.alarm:
+            yield _alarm(found, experiment.guards.max_seconds)
 
 
 def _alarm(found: Detector, seconds: float | None) -> str:
