@@ -84,23 +84,6 @@ def format_metric(name: str, value: Plain) -> Cell:
     return f"{value:.1%}" if name.endswith(_SHARES) else f"{value:.3g}"
 
 
-def size(count: float) -> str:
-    """Bytes as people read them: `817 MB`."""
-    for unit in ("bytes", "kB", "MB"):
-        if abs(count) < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
-
-
-def span(seconds: float) -> str:
-    """Seconds as people read them: `14 s`, `3 min 20 s`."""
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    whole = round(seconds)
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
 def mark_level(level: str, text: str) -> str:
     """A text with the mark of its level: ok, warn or refuse."""
     return f"{_MARKS.get(level, '')}{text}"

@@ -9,27 +9,30 @@ import pytest
 from simulated_comparison import made
 
 from turret.cli.main import run
-from turret.cli.studies import _print, duration, shares
-from turret.errors import RecipeError
+from turret.cli.options import numbers
+from turret.cli.studies import _print
+from turret.errors import BadExperiment, RecipeError
+from turret.experiments.experiment import read_duration
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("90", 90), ("90s", 90), ("30m", 1800), ("1.5h", 5400), ("1h30m", 5400), ("2 h", 7200)]
+    ("text", "seconds"),
+    [("90", 90), ("90s", 90), ("30m", 1800), ("1.5h", 5400), ("1h30m", 5400), ("2 h", 7200), ("7D", 604800)],
 )
 def test_a_budget_is_a_time(text: str, seconds: float) -> None:
-    assert duration(text) == seconds
+    assert read_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "soon", "5d", "-3m", "3m!", "m"])
+@pytest.mark.parametrize("text", ["", "soon", "5w", "-3m", "3m!", "m", "1e3", "nan", "1.2.3h"])
 def test_what_is_no_time_is_refused(text: str) -> None:
-    with pytest.raises(RecipeError, match="expected a time such as 30m"):
-        duration(text)
+    with pytest.raises(BadExperiment, match="expected a number with s, m, h or d, such as 30m"):
+        read_duration(text)
 
 
 def test_fractions_are_numbers() -> None:
-    assert shares("0.05, 0.25,1") == (0.05, 0.25, 1.0)
-    with pytest.raises(RecipeError, match="expected numbers such as"):
-        shares("a,b")
+    assert numbers("fractions", "0.05, 0.25,1", "numbers") == [0.05, 0.25, 1.0]
+    with pytest.raises(RecipeError, match="--fractions 'a': expected numbers such as"):
+        numbers("fractions", "a,b", "numbers such as 0.5")
 
 
 def test_an_unknown_method_is_one_line_and_status_two(tmp_path, capsys) -> None:

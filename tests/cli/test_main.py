@@ -12,8 +12,9 @@ import typer
 from typer.exceptions import TyperException
 
 from turret import errors
+from turret.amounts import many, size, span
 from turret.cli.main import GROUPS, app, run
-from turret.cli.output import many, safe, size, span
+from turret.cli.output import safe
 
 VERBS = (
     "train",

@@ -123,4 +123,4 @@ def test_the_command_says_what_it_made(two: tuple[Workspace, list[Path]], capsys
     assert run(["merge", "a", "b", "--name", "c", "--how", "mean", *store]) == 2
     assert "--how mean: expected one of linear, svd" in capsys.readouterr().err
     assert run(["merge", "a", "b", "--name", "c", "--weights", "much,less", *store]) == 2
-    assert "--weights much,less: expected numbers" in capsys.readouterr().err
+    assert "--weights 'much': expected numbers" in capsys.readouterr().err

@@ -23,8 +23,9 @@ from turret.errors import NotFound, RecipeError, StoreError, TrainingError
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.workspace import Workspace
-from turret.workspace.cells import CellRunner, folder_of, read_json, write_text
-from turret.workspace.comparing import ComparisonRequest, command_of
+from turret.workspace.cells import CellRunner, command, folder_of, read_json, write_text
+from turret.workspace.comparing import ComparisonRequest
+from turret.workspace.controlling import ControlRequest
 
 GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
 
@@ -138,14 +139,28 @@ def test_the_command_in_a_report_asks_for_the_same_again(tmp_path, changes) -> N
     from turret.cli.options import Columns, Training, overrides
 
     recipe = recipe_in(tmp_path, **changes)
-    words = shlex.split(command_of(ComparisonRequest(methods="full,lora:r=4/8", seeds=3, margin=2.0), recipe))
+    asked = ComparisonRequest(
+        methods="full,lora:r=4/8", seeds=3, fractions=(0.1, 1.0), margin=2.0, against="lora", lr=0.00012345678,
+        budget=60.0, texts=False,
+    )  # fmt: skip
+    words = shlex.split(command("compare", recipe, asked))
     given = {name: [v for n, v in itertools.pairwise(words) if n == name] for name in ("--base", "--name", "--seed")}
     sets = [value for name, value in itertools.pairwise(words) if name == "--set"]
     assert overrides(sets)
     base, name, seed = (values[0] for values in given.values())
     training = Training(Columns(), base=base, name=name, seed=int(seed), sets=sets)
     assert training.recipe(words[2]) == recipe
-    assert words[-8:] == ["--methods", "full,lora:r=4/8", "--seeds", "3", "--margin", "2", "--against", "full"]
+    options = "--methods full,lora:r=4/8 --seeds 3 --fractions 0.1,1 --margin 2 --against lora --lr 0.00012345678"
+    assert words[-13:] == [*options.split(), "--no-texts"]
+
+
+def test_the_command_in_a_report_leaves_defaults_out(tmp_path) -> None:
+    recipe = recipe_in(tmp_path)
+    plain = command("compare", recipe, ComparisonRequest())
+    assert not {"--methods", "--seeds", "--margin", "--against"} & set(shlex.split(plain))
+    assert command("control", recipe, ControlRequest(("news", "sport"), judge="b", seeds=2)).endswith(
+        " --aspects news,sport --seeds 2 --judge b"
+    )
 
 
 def test_progress_says_the_last_score_and_the_time_left(tmp_path) -> None:

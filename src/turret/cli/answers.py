@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Argument, Option
 
+from turret.amounts import span
 from turret.cli import options
-from turret.cli.output import columns, console, cut, emit, grid, metrics, number, safe, span
+from turret.cli.output import columns, console, cut, emit, grid, metrics, number, safe
 from turret.data import TextPair
 from turret.data.columns import RoleColumns
 from turret.errors import BadArgument, DataError, counted, plainly, shown

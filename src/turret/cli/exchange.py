@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Option
 
+from turret.amounts import many, size
 from turret.cli import options
-from turret.cli.output import console, grid, many, safe, size
+from turret.cli.output import console, grid, safe
 from turret.errors import RecipeError
 from turret.json_types import JsonObject
 
@@ -205,19 +206,12 @@ def merge(
 
     The new version names all of them as its parents. Evaluate it before you promote it: gates apply to it too.
     """
+    expected = "numbers with commas between them, such as 0.7,0.3"
+    shares = None if weights is None else options.numbers("weights", weights, expected)
     found = command.perform(
-        _print_merged, command.workspace.merge, references, name, how=how, weights=_numbers(weights), density=density
+        _print_merged, command.workspace.merge, references, name, how=how, weights=shares, density=density
     )
     command.offer(f'predict {found.version} "a text of your own"', f"evaluate {found.version} OTHER.csv")
-
-
-def _numbers(text: str | None) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(each) for each in text.split(",")]
-    except ValueError:
-        raise RecipeError(f"--weights {text}: expected numbers with commas between them, such as 0.7,0.3") from None
 
 
 def _print_merged(found: Merged) -> None:

@@ -13,8 +13,9 @@ from turret.timestamp import to_minute
 
 if TYPE_CHECKING:
     from turret.experiments.analyze import ArmAnalysis
+    from turret.json_types import JsonObject
     from turret.workspace.evaluation import Replayed
-    from turret.workspace.experimenting import ExperimentStatus, ListedExperiment, Telling
+    from turret.workspace.experimenting import ExperimentStatus, Telling
 
 EVENTS = 8  # of the history, the newest ones
 Name = Annotated[str, Argument(help="Name of the adapter.", show_default=False)]
@@ -266,7 +267,7 @@ def _row(each: ArmAnalysis) -> tuple[str, ...]:
     )
 
 
-def _experiment_row(found: ListedExperiment) -> tuple[str, ...]:
+def _experiment_row(found: JsonObject) -> tuple[str, ...]:
     return (
         f"[bold]{safe(found['experiment'])}[/]",
         safe(found["state"]),

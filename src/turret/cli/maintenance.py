@@ -9,8 +9,9 @@ import typer
 from typer import Argument, Option
 
 from turret.access import DEFAULT, Access
+from turret.amounts import many, size
 from turret.cli import options
-from turret.cli.output import console, emit, grid, many, rows, safe, size
+from turret.cli.output import console, emit, grid, rows, safe
 from turret.errors import counted
 
 if TYPE_CHECKING:

@@ -238,6 +238,19 @@ def overrides(pairs: list[str] | None) -> dict[str, str]:
     return found
 
 
+def number(option: str, text: str, example: str) -> float:
+    """The number that an option has. Raises RecipeError, which tells what is expected."""
+    try:
+        return float(text)
+    except ValueError:
+        raise RecipeError(f"--{option} {ascii(text)[:40]}: expected {example}") from None
+
+
+def numbers(option: str, text: str, example: str) -> list[float]:
+    """The numbers of an option, with commas between them. Raises RecipeError, which tells what is expected."""
+    return [number(option, part, example) for part in text.split(",") if part.strip()]
+
+
 # --- verbs ------------------------------------------------------------------------------------------------------------
 
 

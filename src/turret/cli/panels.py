@@ -62,13 +62,17 @@ def create(
         for question in found:
             if question not in names:
                 raise BadArgument(f"--{key} {question}=…: no --ask {question}=REF, which must name the question first")
+    thresholds = {
+        question: options.number("threshold", text, "a number such as 0.9")
+        for question, text in more["threshold"].items()
+    }
     questions = [
         Question(
             question,
             reference,
             _type(question, more["type"].get(question)),
             tuple(each.strip() for each in more["labels"][question].split(",")) if question in more["labels"] else (),
-            _number(question, more["threshold"].get(question)),
+            thresholds.get(question),
         )
         for question, reference in pairs
     ]
@@ -143,15 +147,6 @@ def _type(question: str, text: str | None) -> QuestionType | None:
         if each == text:
             return each
     raise BadArgument(f"type of question {question[:40]} is {text[:40]}: expected {', '.join(TYPES)}")
-
-
-def _number(question: str, text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise BadArgument(f"--threshold {question}={text[:40]}: expected a number such as 0.9") from None
 
 
 def _print(panel: Panel) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Option
 
+from turret.amounts import many, size, span
 from turret.cli import options
-from turret.cli.output import columns, console, many, safe, size, span, status
+from turret.cli.output import columns, console, safe, status
 from turret.errors import RecipeError, counted
 from turret.json_types import JsonObject
 
@@ -29,7 +29,6 @@ STYLES = {"within": "green", "better": "green", "worse": "red", "undecided": "ye
 WORDS = {"within": "as good"}
 Texts = Annotated[bool, Option("--texts/--no-texts", help="Whether the report shows texts of the data.")]
 Budget = Annotated[str | None, Option(help="Time for new trainings: 30m, 2h, 90s.")]
-UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 # The options of `compare` that say how something is trained.
 OF_COMPARISONS = ("methods", "seeds", "budget", "fractions", "lr", "on", "plan")
 OF_TRAININGS = (*OF_COMPARISONS, "base", "name", "data", "task", "seed", "text", "label")
@@ -61,6 +60,8 @@ def compare(
     to keep one. Run the command again to continue with the missing trainings.
     With --composition, stored versions are compared instead: legal@production+formal@2, each of the two, and the base.
     """
+    from turret.experiments.experiment import read_duration
+
     if composition is not None:
         given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
         if wrong := next((name for name in given if name in OF_TRAININGS), None):
@@ -79,8 +80,10 @@ def compare(
         )
         return
     recipe = training.recipe(source)
-    workspace, limit = command.workspace, duration(budget)
-    design: JsonObject = {"methods": methods, "seeds": seeds, "fractions": shares(fractions), "lr": _rate(lr)}
+    workspace, limit = command.workspace, None if budget is None else read_duration(budget)
+    shares = options.numbers("fractions", fractions, "numbers such as 0.05,0.25,1")
+    rate = lr if lr in (None, "auto") else options.number("lr", lr, "a number or auto")
+    design: JsonObject = {"methods": methods, "seeds": seeds, "fractions": shares, "lr": rate}
     design |= {"margin": margin, "against": against}
     if plan:
         command.perform(_print_plan, workspace.plan_comparison, recipe, **design)
@@ -106,35 +109,6 @@ def _print_plan(planned: PlannedDesign, *, stderr: bool = False) -> None:
     out.print(f"  {counted(planned.trainings, 'run')}{missing}, judged against {safe(planned.against)}")
     for sentence in planned.power.sentences():
         out.print(f"  {safe(sentence)}")
-
-
-def duration(text: str | None) -> float | None:
-    """Seconds in `90`, `90s`, `30m`, `1.5h` or `1h30m`."""
-    if text is None:
-        return None
-    parts = re.findall(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip().lower())
-    if not parts or "".join(number + unit for number, unit in parts) != re.sub(r"\s", "", text.lower()):
-        raise RecipeError(f"--budget {ascii(text)[1:40]}: expected a time such as 30m, 2h or 90s")
-    return sum(float(number) * UNITS[unit] for number, unit in parts)
-
-
-def shares(text: str) -> tuple[float, ...]:
-    """`0.05,0.25,1` as numbers."""
-    try:
-        return tuple(float(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise RecipeError(f"--fractions {ascii(text)[1:40]}: expected numbers such as 0.05,0.25,1") from None
-
-
-def _rate(text: str | None) -> float | Literal["auto"] | None:
-    if text is None:
-        return None
-    if text == "auto":
-        return "auto"
-    try:
-        return float(text)
-    except ValueError:
-        raise RecipeError(f"--lr {ascii(text)[1:40]}: expected a number or auto") from None
 
 
 def on_training(show: Callable[[str], None]) -> Callable[[str], None]:
@@ -279,6 +253,8 @@ def sweep(
     that fall behind (pip install 'turret[sweep]'). Run the command again to continue.
     The last line trains the best recipe.
     """
+    from turret.experiments.experiment import read_duration
+
     recipe = training.recipe(source)
     with status() as show:
         found = command.workspace.sweep(
@@ -286,7 +262,7 @@ def sweep(
             options.overrides(sets),
             trials=trials,
             at_once=at_once,
-            budget=duration(budget),
+            budget=None if budget is None else read_duration(budget),
             on=on,
             on_stage=on_training(show),
         )

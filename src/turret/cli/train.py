@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
+from turret.amounts import many, size, span
 from turret.cli import options
 from turret.cli.output import (
     TYPED,
@@ -19,14 +20,11 @@ from turret.cli.output import (
     console,
     emit,
     grid,
-    many,
     metrics,
     number,
     offer,
     rows,
     safe,
-    size,
-    span,
     split_metrics,
 )
 from turret.errors import RecipeError, SeveralLabels

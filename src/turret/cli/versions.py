@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
+from turret.amounts import many, size, span
 from turret.cli import options
-from turret.cli.output import columns, console, cut, emit, grid, many, number, safe, size, span, split_metrics
+from turret.cli.output import columns, console, cut, emit, grid, number, safe, split_metrics
 from turret.errors import NotFound, counted
 from turret.json_types import JsonObject, Plain
 from turret.manifest import Lineage, base_in, lineage_in, method_in, task_in

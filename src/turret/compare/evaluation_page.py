@@ -12,26 +12,21 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from turret.amounts import many, size, span
 from turret.compare.plots import Mark, agreement, error_by_share, reliability
 from turret.compare.report_text import (
     chance,
-    count,
-    megabytes,
     milliseconds,
     percent,
     points,
-    seconds,
     sentence,
     shorten_text,
     signed_number,
 )
 from turret.compare.results import (
     MISTAKES,
-    Confusions,
-    Coverage,
     Details,
     QuestionResult,
-    Reliability,
     error_interval,
     spread_out,
     wilson,
@@ -60,12 +55,12 @@ def environment(html: bool) -> Environment:
         keep_trailing_newline=True,
     )
     templates.filters |= {
-        "count": count,
-        "mb": megabytes,
+        "count": many,
+        "mb": size,
         "ms": milliseconds,
         "percent": percent,
         "points": points,
-        "seconds": seconds,
+        "seconds": span,
         "sentence": sentence,
         "signed": signed_number,
         "cell": _cell,
@@ -118,52 +113,32 @@ def as_html(found: Evaluation, *, texts: bool) -> str:
         headline=headline(found.version, int(found.data["examples"]), metrics, details),
         numbers=list(numbers(metrics, details.task)),
         classes=dict(parts_in(metrics, "per_class")),
-        shown=ShownDetails.of(details, metrics, MISTAKES if texts else 0),
+        shown=shown_details(details, metrics, MISTAKES if texts else 0),
         first=FIRST_MISTAKES,
         texts=texts,
         parts=(),  # of memory, which the style sheet colours
     )
 
 
-@dataclass(frozen=True)
-class ShownDetails:
-    """Details of an evaluation as the templates show them.
+def shown_details(details: Details, metrics: Metrics, mistakes: int) -> JsonMapping:
+    """Details of an evaluation as the templates show them: the first `mistakes`, and everything else.
 
     Args:
-        matrix: of at most `MOST_CLASSES` classes.
-        pairs: the most frequent confusions: right, answered, count.
-        plots: reliability by question: question, numbers, SVG.
-        residuals: SVG.
-        title: of the mistakes.
-        levels: whether a class is a level.
+        metrics: of the same examples.
     """
-
-    matrix: Confusions | None
-    pairs: Sequence[tuple[str, str, int]]
-    plots: Sequence[tuple[str, Reliability, str]]
-    residuals: str
-    coverage: Coverage | None
-    mistakes: Sequence[JsonMapping]
-    title: str
-    levels: bool
-    remark: str
-
-    @classmethod
-    def of(cls, details: Details, metrics: Metrics, mistakes: int) -> ShownDetails:
-        """The first `mistakes`, and everything else. metrics: of the same examples."""
-        confusion, task = details.confusion, measuring(metrics, details.task)
-        drawn = [(question, each, reliability_plot(each.bins)) for question, each in details.reliability.items()]
-        return cls(
-            matrix=confusion if confusion is not None and len(confusion.labels) <= MOST_CLASSES else None,
-            pairs=[] if confusion is None else confusion.pairs(PAIRS),
-            plots=[each for each in drawn if each[2]],
-            residuals=_residuals(details.numbers),
-            coverage=details.coverage,
-            mistakes=[shown_mistake(each, task) for each in details.mistakes[:mistakes]],
-            title=task.errors,
-            levels=not task.right_or_wrong,
-            remark=REMARK if task.right_or_wrong or details.numbers else "",
-        )
+    confusion, task = details.confusion, measuring(metrics, details.task)
+    drawn = [(question, each, reliability_plot(each.bins)) for question, each in details.reliability.items()]
+    return {
+        "matrix": confusion if confusion is not None and len(confusion.labels) <= MOST_CLASSES else None,
+        "pairs": [] if confusion is None else confusion.pairs(PAIRS),  # right, answered, count
+        "plots": [each for each in drawn if each[2]],  # question, its reliability, SVG
+        "residuals": _residuals(details.numbers),
+        "coverage": details.coverage,
+        "mistakes": [shown_mistake(each, task) for each in details.mistakes[:mistakes]],
+        "title": task.errors,
+        "levels": not task.right_or_wrong,  # whether a class is a level
+        "remark": REMARK if task.right_or_wrong or details.numbers else "",
+    }
 
 
 def headline(version: str, examples: int, metrics: Metrics, details: Details) -> str:

@@ -93,6 +93,7 @@ def spread_heights(heights: Sequence[float], top: float, foot: float, gap: float
 # --- plots ------------------------------------------------------------------------------------------------------------
 
 
+HEIGHT = 320  # of curves
 BOTTOM = 40
 NAMES = 96  # room for names at the ends of lines
 NUMBER = Callable[[float], str]
@@ -304,9 +305,9 @@ def scatter(
     return _svg(height, parts, f"{y_label} against {x_label}")
 
 
-def curves(lines: Sequence[Line], *, x_label: str, y_label: str, height: int = 320) -> str:
+def curves(lines: Sequence[Line], *, x_label: str, y_label: str) -> str:
     """Lines over a logarithmic x axis, with an interval at each point and the name at the end."""
-    foot = height - BOTTOM
+    foot = HEIGHT - BOTTOM
     marks = [mark for line in lines for mark in line.marks]
     x = axis([mark.x for mark in marks], LEFT, WIDTH - NAMES, log=True)
     y = axis([value for mark in marks for value in (mark.low, mark.high)], foot, TOP)
@@ -318,13 +319,12 @@ def curves(lines: Sequence[Line], *, x_label: str, y_label: str, height: int = 3
             title = f"{line.label}: {mark.y:.1f} ({mark.low:.1f} to {mark.high:.1f}) with {mark.x:.0f}"
             parts += _point(x, y, mark, title, " thin", 3.5)
     parts += _at_the_end([(y.at(line.marks[-1].y), line.label, line.kind) for line in lines], foot)
-    return _svg(height, parts, f"{y_label} against {x_label}")
+    return _svg(HEIGHT, parts, f"{y_label} against {x_label}")
 
 
 def courses(lines: Sequence[LossCurve], *, x_label: str, y_label: str) -> str:
     """Loss curves from the start of a training to its end, with the name at the end."""
-    height = 320
-    foot = height - BOTTOM
+    foot = HEIGHT - BOTTOM
     x = Axis(0.0, 100.0, LEFT, WIDTH - NAMES)
     y = axis([value for line in lines for value in line.values], foot, TOP)
     parts = _grid(x, y, foot, x_label, y_label)
@@ -334,7 +334,7 @@ def courses(lines: Sequence[LossCurve], *, x_label: str, y_label: str) -> str:
         title, kind = f"<title>{escape(line.label)}</title>", f"curve k-{line.kind}{' dashed' if line.dashed else ''}"
         parts.append(f'<polyline class="{kind}" points="{points}">{title}</polyline>')
     parts += _at_the_end([(y.at(line.values[-1]), line.label, line.kind) for line in lines], foot)
-    return _svg(height, parts, f"{y_label} against {x_label}")
+    return _svg(HEIGHT, parts, f"{y_label} against {x_label}")
 
 
 def _at_the_end(ends: Sequence[tuple[float, str, str]], foot: float) -> list[str]:

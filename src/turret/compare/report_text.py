@@ -13,33 +13,6 @@ def sentence(text: str) -> str:
     return (method_named(word).title or word[:1].upper() + word[1:]) + text[len(word) :]
 
 
-def count(value: float) -> str:
-    """`74k`, `22.7M`."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.0f}"
-
-
-def megabytes(value: float) -> str:
-    """`3.2 kB`, `0.31 MB`, `91 MB`, `1.20 GB`."""
-    if abs(value) >= 1e9:
-        return f"{value / 1e9:.2f} GB"
-    if abs(value) < 1e5:
-        return f"{value / 1e3:.1f} kB"
-    return f"{value / 1e6:.2f} MB" if abs(value) < 1e7 else f"{value / 1e6:.0f} MB"
-
-
-def seconds(value: float) -> str:
-    """`0.8 s`, `42 s`, `3 min 05 s`."""
-    if value < 10:
-        return f"{value:.1f} s"
-    if value < 100:
-        return f"{value:.0f} s"
-    minutes, rest = divmod(round(value), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def milliseconds(value: float) -> str:
     """`3.1 ms`, `420 ms`, `1.2 s`."""
     return f"{value:.1f} s" if value >= 1 else f"{1000 * value:.1f} ms" if value < 0.1 else f"{1000 * value:.0f} ms"

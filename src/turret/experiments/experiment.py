@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import pairwise
-from typing import Literal, SupportsFloat, TypedDict, get_args
+from typing import Literal, SupportsFloat, get_args
 
 from turret.errors import BadExperiment
-from turret.json_types import JsonMapping, JsonObject, JsonValue, Plain
+from turret.json_types import JsonMapping, JsonObject, Plain
 
 Role = Literal["control", "candidate", "shadow"]
 Goal = Literal["higher", "lower"]
@@ -32,7 +32,9 @@ OUTCOME_TTL = 7 * 86400.0  # seconds
 MISSING_BOUND = 0.05  # share of the units of an arm
 MOST_MISSING = 0.2
 LONGEST_TTL = 3650 * 86400.0
-SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+INTERNAL = ("id", "salt", "arms", "revision", "segments", "weights")  # fields that have no key in JSON
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)", re.ASCII)
 _BOUNDS = re.compile(r" *(-?[0-9.eE+-]+) *\.\. *(-?[0-9.eE+-]+) *", re.ASCII)
 
 
@@ -118,27 +120,6 @@ class Arm:
     live: bool = True  # False: rolled back while the experiment continued
 
 
-class ExperimentRow(TypedDict):
-    """An `Experiment` as JSON."""
-
-    experiment: str
-    adapter: str
-    number: int
-    state: str
-    alias: str
-    metric: JsonObject
-    unit: str
-    alpha: float
-    guards: JsonObject
-    steps: list[float]
-    outcome_ttl: float | None
-    missing_bound: float
-    created: str
-    who: str | None
-    ended: str | None
-    verdict: JsonObject | None
-
-
 @dataclass(frozen=True)
 class Experiment:
     """An experiment with its arms and its current split."""
@@ -203,11 +184,9 @@ class Experiment:
         now = sum(self.weights.get(arm.name, 0.0) for arm in self.candidates)
         return next((share for share in self.steps if share > now + 1e-9), None)
 
-    def as_json(self) -> ExperimentRow:
-        own = {name: value for name, value in asdict(self).items() if name in ExperimentRow.__annotations__}
-        found: JsonValue = {"experiment": str(self), **own, "steps": list(self.steps)}
-        row: ExperimentRow = found
-        return row
+    def as_json(self) -> JsonObject:
+        own = {name: value for name, value in asdict(self).items() if name not in INTERNAL}
+        return {"experiment": str(self), **own, "steps": list(self.steps)}
 
 
 def check_unit(unit: str) -> str:
@@ -252,13 +231,12 @@ def check_missing(share: float) -> float:
 
 
 def read_duration(text: str) -> float:
-    """Parse `90`, `90s`, `15m`, `12h` or `7d` to seconds; raises BadExperiment."""
-    stripped = text.strip().lower()
-    unit = SECONDS.get(stripped[-1:], 1)
-    try:
-        return float(stripped[:-1] if stripped[-1:] in SECONDS else stripped) * unit
-    except ValueError:
-        raise BadExperiment(f"duration {ascii(text)[:40]}: expected a number with s, m, h or d, such as 7d") from None
+    """Parse `90`, `90s`, `15m`, `1.5h`, `1h30m` or `7d` to seconds; raises BadExperiment."""
+    given = "".join(text.lower().split())
+    parts = _DURATION.findall(given)
+    if not parts or "".join(number + unit for number, unit in parts) != given:
+        raise BadExperiment(f"duration {ascii(text)[:40]}: expected a number with s, m, h or d, such as 30m or 7d")
+    return sum(float(number) * SECONDS[unit] for number, unit in parts)
 
 
 def lasting(seconds: float) -> str:

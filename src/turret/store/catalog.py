@@ -15,6 +15,7 @@ from sqlalchemy import Connection, RowMapping, Select, Text, cast, delete, func,
 
 from turret import audit
 from turret.access import acting_name
+from turret.amounts import size
 from turret.database import (
     access_of,
     adapters,
@@ -30,7 +31,7 @@ from turret.database import (
 from turret.errors import Corrupt, NotFound
 from turret.json_types import JsonObject, JsonValue, Plain, mapping_of
 from turret.manifest import BaseSpec, Lineage, Manifest, MethodSpec, base_in, lineage_in, method_in, task_in
-from turret.notebook import as_html, metrics_table, size
+from turret.notebook import as_html, metrics_table
 from turret.reference import Reference
 from turret.store.blobs import Blob
 from turret.tasks.shapes import Metrics, SplitMetrics, TaskSpec

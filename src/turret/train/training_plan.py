@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 
+from turret.amounts import size, span
 from turret.bases.device import gigabytes
 from turret.errors import PreflightRefused
 from turret.json_types import JsonObject
 from turret.methods.method import Check
-from turret.notebook import Cell, Table, as_html, mark_level, size, span
+from turret.notebook import Cell, Table, as_html, mark_level
 
 # --- learning rate ----------------------------------------------------------------------------------------------------
 # The size of the trials for `lr = "auto"`, and their result. `lr_finder.py` says how they are run.

@@ -181,8 +181,6 @@ def predict(
     device: str = "auto",
 ) -> list[Answer]:
     """One answer per text, in order."""
-    if not texts:
-        raise DataError("nothing to answer: give a text, or a file with at least one line")
     if coverage is not None:
         require_coverage(store.resolve(reference), coverage)
     with mount_version(store, reference, say, device) as ready:
@@ -234,8 +232,6 @@ def decide(
     Raises:
         AdapterError: the version was trained to classify.
     """
-    if not texts:
-        raise DataError("nothing to answer: give a text")
     adapter, task, base = None, None, None
     if (version := _stored_version(store, model)) is not None:
         version, adapter = read_adapter(store, str(version))

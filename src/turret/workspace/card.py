@@ -20,7 +20,7 @@ from turret.methods import Method, method_named
 from turret.store.core import VersionFacts
 from turret.tasks import TASKS, stored_task
 from turret.tasks.embedding import HEADLESS
-from turret.tasks.shapes import Metrics, SplitMetrics, TaskSpec
+from turret.tasks.shapes import Metrics, SplitMetrics, TaskSpec, numbers_in
 
 FOLDER = "FOLDER"  # the place of a card that does not know where its files will be
 
@@ -98,10 +98,8 @@ def _metrics(metrics: SplitMetrics) -> Iterator[tuple[str, str, str, str]]:
     """The split, the number of its examples, the name and the value of each number."""
     for split in sorted(metrics):
         values = metrics[split]
-        for name in sorted(values):
-            value = values[name]
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                yield split, _examples(values), name, f"{value:.6g}"
+        for name, value in sorted(numbers_in(values).items()):
+            yield split, _examples(values), name, f"{value:.6g}"
 
 
 def _examples(values: Metrics) -> str:

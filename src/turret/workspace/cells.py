@@ -14,17 +14,17 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
+from turret.amounts import span
 from turret.compare.design import Candidate, Cell
-from turret.compare.report_text import seconds as span
 from turret.compare.results import CellResult
 from turret.data import Dataset
 from turret.database import Database
@@ -42,6 +42,9 @@ from turret.workspace.child_process import STOPPED, why_alone
 from turret.workspace.progress import CellState, Progress, Say
 from turret.workspace.queue_worker import Worker, WorkerLimits
 from turret.workspace.queueing import Queue, placed_data
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # --- state ------------------------------------------------------------------------------------------------------------
 # The files of a comparison. A killed comparison resumes from them: each cell's result is complete or missing.
@@ -172,20 +175,29 @@ def _take_lease(database: Database, name: str, say: Say) -> Lease:
 # The command line that makes a report again: every setting of the recipe and of the request that is not a default.
 
 
-def command(verb: str, recipe: Recipe, options: Mapping[str, str | int | float | None]) -> str:
-    """`turret compare DATA --base B --name N --set train.epochs=1 --seeds 5`.
-
-    Args:
-        options: name -> value; True is written as a flag, None and False are left out.
-    """
+def command(verb: str, recipe: Recipe, request: DataclassInstance) -> str:
+    """`turret compare DATA --base B --name N --set train.epochs=1 --seeds 3`."""
     words = ["turret", verb, recipe.data.source, "--base", recipe.base, "--name", recipe.name]
     words += ["--seed", str(recipe.seed)]
     for key, value in _changes(recipe):
         words += ["--set", f"{key}={value}"]
-    for name, option in options.items():
-        if option is not None and option is not False:
-            words += [f"--{name}"] if option is True else [f"--{name}", str(option)]
-    return shlex.join(words)
+    return shlex.join([*words, *_options(request)])
+
+
+def _options(request: DataclassInstance) -> Iterator[str]:
+    """The options that are not the default. A budget changes no result."""
+    for each in fields(request):
+        name, value = each.name.replace("_", "-"), getattr(request, each.name)
+        if value == each.default or name == "budget":
+            continue
+        if value is False:
+            yield f"--no-{name}"
+        else:
+            yield from (f"--{name}", ",".join(map(_plain, value if isinstance(value, tuple) else (value,))))
+
+
+def _plain(value: str | float) -> str:
+    return str(value).removesuffix(".0")
 
 
 def _changes(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -220,14 +232,59 @@ OWN = WorkerLimits(silent_seconds=LONG, stopping_seconds=LONG, own=True)
 EVERYWHERE = ("BaseModelError", "UnknownFamily", "DataError", "StoreError", "LeaseLost", "Corrupt", "RecipeError")
 
 
-class CellRunner:
-    """Runs the missing cells of a comparison, and collects the results of all its cells.
+class CellJobs:
+    """The cells of a comparison or the trials of a sweep, as jobs.
 
     Args:
         store: gets every trained version.
-        folder: of the comparison.
+        folder: of the comparison or sweep.
         say: called with a line of progress.
+        files: writes the files of the folder.
         deadline: a value of `time.monotonic` at which the budget ends; None: no budget.
+    """
+
+    def __init__(
+        self, store: Store, folder: Path, say: Say, files: KeptFiles, deadline: float | None, tasks: Workers | None
+    ) -> None:
+        self.store, self.folder, self.say, self.files, self.deadline = store, folder, say, files, deadline
+        self._tasks, self._queue = tasks, JobQueue.of(store, make=True)
+        self._worker: Worker | None = None  # of this process
+
+    @property
+    def _study(self) -> str:
+        return self.folder.relative_to(self.store.root).as_posix()
+
+    def _late(self, seconds: float = 0.0) -> bool:
+        """Whether the budget ends within so many seconds."""
+        return self.deadline is not None and time.monotonic() + seconds >= self.deadline
+
+    def _spec(self, kind: str, key: str, source: str | None, *, alone: bool, needs: int | None = None) -> CellSpec:
+        return {
+            "kind": kind,
+            "study": self._study,
+            "key": key,
+            "comparison": f"{self.folder.parent.name}/{self.folder.name}",
+            "alone": alone,
+            "needs": needs,
+            "source": source,
+        }
+
+    def _do_here(self, job: str, say: Say, stop: Callable[[], bool]) -> JobState:
+        """Have a job done by the worker of this process; see `Worker.run_one`."""
+        if self._worker is None:
+            self._worker = Worker(self.store, self.say, 1, OWN)
+        self._worker.run_one(job, say, stop)
+        return self._queue.states([job])[job]
+
+    def _stop_worker(self) -> None:
+        if self._worker is not None:
+            self._worker.stop()
+
+
+class CellRunner(CellJobs):
+    """Runs the missing cells of a comparison, and collects the results of all its cells.
+
+    Args:
         files: writes the comparison's files; None: those of a folder store.
         timed: the seed whose cells have processes of their own, because their time and memory are reported.
         tasks: who runs the cells; None: this process does.
@@ -242,14 +299,11 @@ class CellRunner:
         deadline: float | None = None,
         files: KeptFiles | None = None,
         timed: int | None = None,
-        tasks: Tasks | None = None,
+        tasks: Workers | None = None,
         metric: str = "",
     ) -> None:
-        self._metric = metric
-        self.store, self.folder, self.say, self.deadline = store, folder, say, deadline
-        self.files, self.timed = files or KeptFiles(store), timed
-        self._tasks, self._queue = tasks, JobQueue.of(store, make=True)
-        self._worker: Worker | None = None  # of this process
+        super().__init__(store, folder, say, files or KeptFiles(store), deadline, tasks)
+        self.timed, self._metric = timed, metric
         self.results: dict[str, CellResult] = {}  # by the cell's key
         self.failures: dict[str, str] = {}  # the candidate's spec -> one line
         self.missing: list[Cell] = []
@@ -265,8 +319,7 @@ class CellRunner:
         except KeyboardInterrupt:
             raise Interrupted(STOPPED) from None
         finally:
-            if self._worker is not None:
-                self._worker.stop()
+            self._stop_worker()
         kept = [self.folder / "cells" / key / "result.json" for key in self.results]
         self.store.artifacts.keep(kept, self.files.lease)  # a result may be a copy of another seed's
         if not self.results:
@@ -291,7 +344,7 @@ class CellRunner:
         else:
             self.missing.append(cell)
 
-    def _wait_for(self, tasks: Tasks, cells: Sequence[Cell]) -> None:
+    def _wait_for(self, tasks: Workers, cells: Sequence[Cell]) -> None:
         """Put the missing cells into the queue, and wait until workers have done them, or the budget ends."""
         left, waiting, said = list(cells), dict[str, Cell](), ""
         tasks.tell(self._progress(cells, {}))  # first: a cancel ends the cells that were told
@@ -339,7 +392,7 @@ class CellRunner:
             found.append(state)
         return Progress(self._study, self._metric, len(cells), found)
 
-    def _submit(self, tasks: Tasks, cells: Sequence[Cell], waiting: dict[str, Cell]) -> list[Cell]:
+    def _submit(self, tasks: Workers, cells: Sequence[Cell], waiting: dict[str, Cell]) -> list[Cell]:
         """Submit cells that have no result, as many as the queue takes. Returns the others."""
         new, later = dict[str, list[Cell]](), list[Cell]()
         for cell in cells:
@@ -408,10 +461,6 @@ class CellRunner:
                     return earlier
         return None
 
-    def _late(self, seconds: float = 0.0) -> bool:
-        """Whether the budget ends within so many seconds."""
-        return self.deadline is not None and time.monotonic() + seconds >= self.deadline
-
     def _run(self, cell: Cell, here: Path, title: str) -> JsonObject | None:
         """Run a cell in a process. None: it failed, or the budget ended first."""
         self.files.require()
@@ -427,31 +476,17 @@ class CellRunner:
                     self.say(f"{title}: {error}")
                 waits = True
                 time.sleep(POLL_SECONDS)
-        if self._worker is None:
-            self._worker = Worker(self.store, self.say, 1, OWN)
-        self._worker.run_one(id, lambda line: self.say(f"{title}: {line}"), self._late)
+        ended = self._do_here(id, lambda line: self.say(f"{title}: {line}"), self._late)
         result = read_json(here / "result.json")
-        ended = self._queue.states([id])[id]
         if result is None and ended["state"] == "failed":
             self._note_failure(cell, ended)
         return result
 
     def _new(self, cell: Cell, source: str | None) -> NewCell:
         """A cell as a job. source: of its data, if it is not that of the recipe."""
-        spec: CellSpec = {
-            "kind": cell.candidate.kind,
-            "study": self._study,
-            "key": cell.key,
-            "comparison": f"{self.folder.parent.name}/{self.folder.name}",
-            "alone": not self._shares(cell),
-            "needs": self._needed_bytes(cell),
-            "source": source,
-        }
+        alone, needs = not self._shares(cell), self._needed_bytes(cell)
+        spec = self._spec(cell.candidate.kind, cell.key, source, alone=alone, needs=needs)
         return NewCell(cell.key, cell.recipe.name, cell.recipe.to_toml(), spec)
-
-    @property
-    def _study(self) -> str:
-        return self.folder.relative_to(self.store.root).as_posix()
 
     def _note_failure(self, cell: Cell, ended: JobState) -> None:
         """Raises TrainingError for an error that every cell would meet."""
@@ -473,8 +508,8 @@ class CellRunner:
         return None if elsewhere else max(needed, default=None)
 
 
-class Tasks(Protocol):
-    """Who is asked to take cells from the queue: see `turret.workspace.cells`."""
+class Workers:
+    """Who takes cells from the queue: the workers of the store, by themselves."""
 
     def begin(self, job: str, recipe: Recipe) -> None:
         """Have a job done that is in the queue."""
@@ -486,26 +521,10 @@ class Tasks(Protocol):
         """Learn how far all cells are; called about once a second."""
 
     def close(self) -> None:
-        """End what was begun."""
+        """End what was begun. Workers go on."""
 
 
-class Workers:
-    """The workers of the store: they take cells by themselves."""
-
-    def begin(self, job: str, recipe: Recipe) -> None:
-        """They look at the queue."""
-
-    def check(self) -> None:
-        """They may begin at any time."""
-
-    def tell(self, progress: Progress) -> None:
-        """Nobody watches."""
-
-    def close(self) -> None:
-        """They go on."""
-
-
-def require_executor(on: str | Tasks | None) -> None:
+def require_executor(on: str | Workers | None) -> None:
     """Raise RecipeError unless `on` names who can run cells."""
     if isinstance(on, str) and on != "workers" and not on.startswith(RAY):
         raise RecipeError(
@@ -514,17 +533,12 @@ def require_executor(on: str | Tasks | None) -> None:
         )
 
 
-@contextmanager
-def executor(on: str | Tasks | None, store: Store, data: Dataset) -> Iterator[Tasks | None]:
+def executor(on: str | Workers | None, store: Store, data: Dataset) -> AbstractContextManager[Workers | None]:
     """Who runs cells of this data; None: this process."""
     tasks = Workers() if isinstance(on, str) else on
     if isinstance(on, str) and on.startswith(RAY):
         tasks = RayTasks(on, store, task_of(data.kind), data.labels)
-    try:
-        yield tasks
-    finally:
-        if tasks is not None:
-            tasks.close()
+    return nullcontext() if tasks is None else closing(tasks)
 
 
 def require_known(rows: Sequence[Candidate]) -> None:
@@ -563,7 +577,7 @@ def do_job(store: str, job: str) -> str | None:
     return state
 
 
-class RayTasks:
+class RayTasks(Workers):
     """The tasks of one comparison or sweep.
 
     Args:
@@ -621,9 +635,6 @@ class RayTasks:
                 self._ray.get(self._tasks.pop(job))
             except self._ray.exceptions.RayError as error:
                 raise TrainingError(one_line(f"Ray could not run {job}: {error}", 280)) from None
-
-    def tell(self, progress: Progress) -> None:
-        """Nobody watches."""
 
     def close(self) -> None:
         """Leave Ray. Tasks that still run are ended, and their jobs go on with the next call."""

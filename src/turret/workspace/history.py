@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from turret.train.curve import RunCurve, StepRecord
 
 
-_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}", re.ASCII)
-
-
 class FullRun(RunRow):
     """A run with its recipe, and the time of its last step if it ran here."""
 
@@ -35,8 +32,7 @@ class FullRun(RunRow):
 def run(store: Store, run_id: str) -> FullRun:
     """The row, with the recipe as TOML and the time of the last step. Raises NotFound."""
     row = store.run(run_id)
-    recipe = store.training_runs().recipe(run_id) if _ID.fullmatch(run_id) else None
-    return {**row, "recipe": recipe, "touched": _last_step_time(store, run_id)}
+    return {**row, "recipe": store.training_runs().recipe(run_id), "touched": _last_step_time(store, run_id)}
 
 
 def curve(store: Store, run_id: str, most: int) -> RunCurve:
@@ -60,7 +56,7 @@ def report(store: Store, run_id: str) -> RunReport:
     from turret.compare.results import RunReport
 
     store.run(run_id)
-    content = _file(store, run_id, "report.json")
+    content = store.training_runs().file(run_id, "report.json")
     if content is None:
         raise NotFound(
             f"run {run_id} has no report: a training that has finished with held-out examples has one; "
@@ -70,15 +66,10 @@ def report(store: Store, run_id: str) -> RunReport:
 
 
 def every_step(store: Store, run_id: str) -> list[StepRecord]:
-    """All records of the run's curve, so far as they are here or in the store."""
+    """All records of the curve of a run that the store has, so far as they are here or in the store."""
     from turret.train.curve import parse_curve
 
-    return list(parse_curve(_file(store, run_id, "curve.jsonl") or b""))
-
-
-def _file(store: Store, run_id: str, name: str) -> bytes | None:
-    """A file of a run. An invalid id has none."""
-    return store.training_runs().file(run_id, name) if _ID.fullmatch(run_id) else None
+    return list(parse_curve(store.training_runs().file(run_id, "curve.jsonl") or b""))
 
 
 def _last_step_time(store: Store, run_id: str) -> str | None:

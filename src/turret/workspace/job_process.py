@@ -22,9 +22,9 @@ from filelock import FileLock, Timeout
 from turret import adapters, bases
 from turret.access import Access
 from turret.adapters import packed
+from turret.amounts import span
 from turret.bases.base import share
 from turret.compare.design import UNTRAINED
-from turret.compare.report_text import seconds as span
 from turret.data import Dataset
 from turret.database import CELL, TRAINING
 from turret.disk import make_folder

@@ -72,7 +72,6 @@ def version(
     with answering.mount_version(store, result.version, say, device, place, judged=True) as ready:
         return {
             **{name: kept[name] for name in names},
-            "method": dict(store.resolve(result.version).method),
             "lr": plan.get("lr"),
             "stored_metrics": result.metrics,
             "memory": _memory(result, plan),

@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
+from turret.amounts import span
 from turret.json_types import JsonValue
-from turret.notebook import in_notebook, span
+from turret.notebook import in_notebook
 from turret.store.jobs import StudyResult
 
 if TYPE_CHECKING:

@@ -457,5 +457,4 @@ def order_of(spec: StudySpec) -> Order:
     values: JsonObject = dict(spec["order"])
     if spec["verb"] == "sweep":
         return SweepOrder(**values)
-    values.pop("confidence", None)  # earlier versions wrote it, always as 0.95
     return ComparisonRequest(**values | {"fractions": tuple(values["fractions"])})

@@ -452,10 +452,7 @@ class ResidentBases(OwnProcess):
         return work() if self.thread is None else self.thread.run(work, tenant)
 
     def let_go(self, wanted: Collection[str]) -> None:
-        """Free the bases whose name is not among those that are wanted."""
-        self.run(lambda: self._let_go(wanted))
-
-    def _let_go(self, wanted: Collection[str]) -> None:
+        """Free the bases whose name is not among those that are wanted. Called in the thread."""
         for key in [key for key in self._bases if key[0] not in wanted]:
             del self._bases[key]
         process.release()
@@ -532,9 +529,6 @@ class ServingBase(OwnProcess):
     def has(self, needed: TrainingBase) -> bool:
         """Whether the base is in memory: always."""
         return True
-
-    def let_go(self, wanted: Collection[str]) -> None:
-        """The base stays: it serves."""
 
     def machine(self) -> Machine | None:
         return machine_of([self.engine.base])

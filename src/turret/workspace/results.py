@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
+from turret.amounts import size, span
 from turret.data.memory import short_source
 from turret.errors import one_line
 from turret.json_types import JsonObject
 from turret.manifest import FlatLossSpec
-from turret.notebook import Cell, Table, as_html, class_table, mark_level, metrics_table, size, span
+from turret.notebook import Cell, Table, as_html, class_table, mark_level, metrics_table
 from turret.tasks.shapes import Metrics, SplitMetrics
 
 if TYPE_CHECKING:

@@ -29,15 +29,15 @@ from turret.data import Dataset
 from turret.errors import QueueFull, RecipeError, TrainingError, shown
 from turret.json_types import JsonObject
 from turret.recipe import Recipe
-from turret.store import JobQueue, Store
-from turret.store.jobs import CellSpec, JobState, NewCell
+from turret.store import Store
+from turret.store.jobs import JobState, NewCell
 from turret.tasks import task_of
 from turret.workspace.cells import (
-    OWN,
     POLL_SECONDS,
     TRIAL,
+    CellJobs,
     KeptFiles,
-    Tasks,
+    Workers,
     executor,
     hold_comparison,
     read_json,
@@ -45,7 +45,6 @@ from turret.workspace.cells import (
 )
 from turret.workspace.child_process import why_alone
 from turret.workspace.progress import CellState, Progress, Say
-from turret.workspace.queue_worker import Worker
 from turret.workspace.queueing import MOST_CELLS, Place, SweepOrder, placed_data, with_absolute_base
 from turret.workspace.reading import read_dataset, with_base
 
@@ -124,7 +123,7 @@ class SweepRequest:
     trials: int | None = None
     at_once: int = AT_ONCE
     budget: float | None = None  # seconds; None: until all trials have run
-    on: str | Tasks | None = None  # who trains: `workers` of the store, ray://HOST:PORT, or this process
+    on: str | Workers | None = None  # who trains: `workers` of the store, ray://HOST:PORT, or this process
 
     @property
     def combinations(self) -> int | None:
@@ -380,7 +379,7 @@ def sweep(store: Store, recipe: Recipe, request: SweepRequest, say: Say) -> Swee
         return running.result()
 
 
-class _Running:
+class _Running(CellJobs):
     """A sweep that runs now."""
 
     def __init__(
@@ -390,19 +389,16 @@ class _Running:
         request: SweepRequest,
         files: KeptFiles,
         say: Say,
-        tasks: Tasks | None,
+        tasks: Workers | None,
     ) -> None:
-        self._tasks = tasks
-        self._store, self._recipe, self._request, self._proposes = store, ready.recipe, request, ready.proposes
-        self._metric, self._folder, self._files, self._say = ready.metric, ready.folder, files, say
-        self._queue, self._study = JobQueue.of(store, make=True), ready.folder.relative_to(store.root).as_posix()
-        self._deadline = math.inf if request.budget is None else time.monotonic() + request.budget
+        deadline = None if request.budget is None else time.monotonic() + request.budget
+        super().__init__(store, ready.folder, say, files, deadline, tasks)
+        self._recipe, self._metric, self._request = ready.recipe, ready.metric, request
+        self._proposes = ready.proposes
         self._trials: list[Trial] = []
         self._open: dict[str, Trial] = {}  # by the id of their job
         self._states: Mapping[str, str] = {}  # of those that are open, by their key
         self._data: tuple[str, Place] | None = None
-        self._worker: Worker | None = None
-        self._said = ""
 
     def run(self) -> None:
         """Run trials until there are enough, or the budget ends."""
@@ -416,8 +412,7 @@ class _Running:
             else:
                 self._train_on(self._tasks, left)
         finally:
-            if self._worker is not None:
-                self._worker.stop()
+            self._stop_worker()
 
     def result(self) -> Sweep:
         """What was found. Writes the best recipe."""
@@ -427,22 +422,22 @@ class _Running:
             self._metric,
             tuple(self._trials),
             self._recipe,
-            str(self._folder / "best.toml"),
-            str(self._folder),
+            str(self.folder / "best.toml"),
+            str(self.folder),
             missing,
         )
         if not found.ranked:
             errors = [each.error for each in self._trials if each.error]
             raise TrainingError(f"no trial was finished: {errors[0] if errors else 'the budget ended before'}")
         best = found.ranked[0].recipe
-        self._files.write_text(self._folder / "best.toml", best.to_toml())
+        self.files.write_text(self.folder / "best.toml", best.to_toml())
         return replace(found, best=best)
 
     # --- trials -------------------------------------------------------------------------------------------------------
 
     def _know_earlier(self) -> None:
         """Read the trials of earlier calls."""
-        for path in sorted(self._folder.glob("cells/*/trial.json")):
+        for path in sorted(self.folder.glob("cells/*/trial.json")):
             kept = read_json(path) or {}
             trial = self._trial(int(kept["number"]), kept["settings"])
             self._trials.append(trial)
@@ -475,7 +470,7 @@ class _Running:
         self._proposes.tell(trial)
         settings = trial.title
         value = f"{self._metric} {trial.value:.4f}" if state == "finished" else error or state
-        self._say(f"trial {trial.number + 1} of {self._request.count}  {settings}: {value}")
+        self.say(f"trial {trial.number + 1} of {self._request.count}  {settings}: {value}")
 
     def _write(self, trial: Trial) -> None:
         kept: JsonObject = {
@@ -484,12 +479,12 @@ class _Running:
             "state": trial.state,
             "error": trial.error,
         }
-        self._files.write(self._folder / "cells" / trial.key / "trial.json", kept)
+        self.files.write(self.folder / "cells" / trial.key / "trial.json", kept)
 
     def _look_at(self, trial: Trial) -> None:
         """Read how far a trial is, and its value if it is finished."""
-        here = self._folder / "cells" / trial.key
-        self._store.artifacts.bring(f"{self._study}/cells/{trial.key}/")
+        here = self.folder / "cells" / trial.key
+        self.store.artifacts.bring(f"{self._study}/cells/{trial.key}/")
         known = read_json(here / "evaluations.json") or {}
         trial.evaluations = [(int(step), float(value)) for step, value in known.get("evaluations", ())]
         result = read_json(here / "result.json")
@@ -498,31 +493,17 @@ class _Running:
             trial.version, trial.run, trial.seconds = str(result["version"]), result["run"], result["wall_seconds"]
 
     def _new(self, trial: Trial, source: str | None) -> NewCell:
-        comparison = f"{self._folder.parent.name}/{self._folder.name}"
-        spec: CellSpec = {
-            "kind": TRIAL,
-            "study": self._study,
-            "key": trial.key,
-            "comparison": comparison,
-            "alone": why_alone(trial.recipe) is not None,
-            "needs": None,
-            "source": source,
-            "metric": self._metric,
-        }
+        spec = self._spec(TRIAL, trial.key, source, alone=why_alone(trial.recipe) is not None)
+        spec["metric"] = self._metric
         return NewCell(trial.key, trial.recipe.name, trial.recipe.to_toml(), spec)
-
-    def _late(self) -> bool:
-        return time.monotonic() >= self._deadline
 
     # --- this process -------------------------------------------------------------------------------------------------
 
     def _train_here(self, trial: Trial) -> bool:
         """Run a trial. Returns whether the sweep goes on."""
-        self._files.require()
+        self.files.require()
         self._write(trial)
         (id,) = self._queue.submit_cells(self._study, [self._new(trial, None)], here=True)
-        if self._worker is None:
-            self._worker = Worker(self._store, self._say, 1, OWN)
         ended, looked = False, time.monotonic()
 
         def stop() -> bool:
@@ -532,9 +513,8 @@ class _Running:
                 ended, looked = self._proposes.ends(trial), time.monotonic()
             return ended or self._late()
 
-        self._worker.run_one(id, lambda line: self._say(f"trial {trial.number + 1}: {line}"), stop)
+        state = self._do_here(id, lambda line: self.say(f"trial {trial.number + 1}: {line}"), stop)
         self._look_at(trial)
-        state = self._queue.states([id])[id]
         if trial.value is None and not ended and state["state"] != "failed":  # the budget has ended
             return False
         self._note_end(trial, state, pruned=ended)
@@ -542,11 +522,11 @@ class _Running:
 
     # --- workers ------------------------------------------------------------------------------------------------------
 
-    def _train_on(self, tasks: Tasks, left: Sequence[Trial]) -> None:
+    def _train_on(self, tasks: Workers, left: Sequence[Trial]) -> None:
         new, stopped = itertools.chain(left, self._proposals()), set[str]()
         waits: Trial | None = None  # the queue was full
         while True:
-            self._files.require()
+            self.files.require()
             while len(self._open) < self._request.at_once and (waits := waits or next(new, None)) is not None:
                 if not self._submit(tasks, waits):
                     break
@@ -591,9 +571,9 @@ class _Running:
         ]
         return Progress(self._study, self._metric, self._request.count, cells)
 
-    def _submit(self, tasks: Tasks, trial: Trial) -> bool:
+    def _submit(self, tasks: Workers, trial: Trial) -> bool:
         """Returns whether the queue took it."""
-        self._data = self._data or placed_data(self._store, self._recipe.data.source)
+        self._data = self._data or placed_data(self.store, self._recipe.data.source)
         source, place = self._data
         self._write(trial)
         tasks.tell(self._progress())  # first: a cancel ends the trials that were told

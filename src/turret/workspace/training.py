@@ -54,7 +54,7 @@ from turret.store.leases import LeaseRenewer
 from turret.store.scratch import disk_errors
 from turret.tasks import make_task, task_of
 from turret.tasks.calibration import FEWEST, FEWEST_TEMPERATURE
-from turret.tasks.shapes import Metrics
+from turret.tasks.shapes import Metrics, numbers_in
 from turret.trackers import State, TrackedRun, require_installed
 from turret.trackers.tracking import Tracking
 from turret.train import distributed, initialize, memory, preflight, proof
@@ -244,22 +244,16 @@ def settings_of(recipe: Recipe, facts: Mapping[str, float | str]) -> dict[str, f
 def values_of(record: StepRecord) -> dict[str, float]:
     """The numbers of a step, such as train/loss, and those of an evaluation after it, such as validation/accuracy."""
     values = {f"train/{name}": float(getattr(record, name)) for name in STEP}
-    return values | {f"{record.split}/{name}": value for name, value in _numbers(record.metrics or {})}
+    return values | {f"{record.split}/{name}": value for name, value in numbers_in(record.metrics or {}).items()}
 
 
 def summary_of(result: RunResult) -> dict[str, float | str]:
     """The final metrics, such as test/accuracy, and the version with its digest."""
     summary: dict[str, float | str] = {"version": result.version, "digest": result.digest}
     for split, metrics in result.metrics.items():
-        summary |= {f"{split}/{name}": value for name, value in _numbers(metrics)}
-    summary |= {f"forgetting/{name}": value for name, value in _numbers(result.forgetting or {})}
+        summary |= {f"{split}/{name}": value for name, value in numbers_in(metrics).items()}
+    summary |= {f"forgetting/{name}": value for name, value in numbers_in(result.forgetting or {}).items()}
     return summary | {"train_seconds": float(result.timing["train_seconds"])}
-
-
-def _numbers(metrics: Metrics) -> Iterator[tuple[str, float]]:
-    for name, value in metrics.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield name, float(value)
 
 
 def _plain(value: Plain) -> float | str:

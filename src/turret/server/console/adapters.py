@@ -9,9 +9,10 @@ from typing import Annotated
 
 from fastapi import Path, Query, Response
 
-from turret.compare.evaluation_page import Live, ShownDetails, Step, decided_plot, reliability_plot, steps
+from turret.compare.evaluation_page import Live, Step, decided_plot, reliability_plot, shown_details, steps
 from turret.compare.results import RunReport
 from turret.errors import BadRequest, NotFound, TurretError
+from turret.json_types import JsonMapping
 from turret.manifest import Manifest, base_in
 from turret.reference import check_alias
 from turret.server import moves
@@ -125,7 +126,7 @@ class ShownReport:
     """What a version's training found on its held-out examples."""
 
     report: RunReport
-    shown: ShownDetails
+    shown: JsonMapping
 
 
 def _report(view: View, run_id: str, metrics: SplitMetrics) -> ShownReport | None:
@@ -133,7 +134,7 @@ def _report(view: View, run_id: str, metrics: SplitMetrics) -> ShownReport | Non
         report = view.workspace.run_report(run_id)
     except NotFound:
         return None
-    return ShownReport(report, ShownDetails.of(report.details, metrics.get(report.split) or {}, MOST_MISTAKES))
+    return ShownReport(report, shown_details(report.details, metrics.get(report.split) or {}, MOST_MISTAKES))
 
 
 async def _values(view: View, name: str) -> render.Context:

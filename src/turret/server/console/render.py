@@ -33,9 +33,8 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.types import Message, Scope, Send
 
-from turret import tasks
-from turret.compare.report_text import count, megabytes, milliseconds, percent
-from turret.compare.report_text import seconds as in_seconds
+from turret import amounts, tasks
+from turret.compare.report_text import milliseconds, percent
 from turret.errors import BadRequest, Forbidden, NotFound, TurretError
 from turret.experiments.experiment import read_duration
 from turret.json_types import JsonObject, JsonValue, Plain
@@ -75,10 +74,10 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (age, code, count, doubts, evidence, main_metric, means, metric, number, percent, points, share, short)
+    filters = (age, code, doubts, evidence, main_metric, means, metric, number, percent, points, share, short)
     environment.filters |= {each.__name__: each for each in (*filters, when, whole)}
-    environment.filters |= {"bytes": size, "method": describe_method, "ms": milliseconds, "said": value_said}
-    environment.filters |= {"seconds": in_seconds, "zip": zip}
+    environment.filters |= {"bytes": amounts.size, "count": amounts.many, "seconds": amounts.span, "zip": zip}
+    environment.filters |= {"method": describe_method, "ms": milliseconds, "said": value_said}
     environment.globals |= {"digest": digest, "pages": MENU, "version_of_turret": __version__}
     return environment
 
@@ -176,11 +175,6 @@ def whole(value: float) -> str:
 def evidence(value: float) -> str:
     """Three digits, with a power of ten only from 1e7."""
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}" if value < 1e7 else f"{value:.1e}"
-
-
-def size(value: float) -> str:
-    """`640 B`, `3.2 kB`, `91 MB`."""
-    return f"{value:.0f} B" if value < 1000 else megabytes(value)
 
 
 def share(value: float) -> str:
