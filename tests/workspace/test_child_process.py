@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from turret.location import Location
-from turret.workspace.child_process import Failure, Patience, run_child
+from turret.workspace.child_process import Failure, run_child
 
 WORDS = """
 import json, os, re, signal, subprocess, sys, time
@@ -30,11 +30,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Runs a child with this code. Returns how it ended, its lines, and the seconds that it took."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
-    def run(code: str, patience: Patience, stop_after: float = 1e9) -> tuple[Failure | None, list[str], float]:
+    def run(code: str, stop_after: float = 1e9, **limits: float) -> tuple[Failure | None, list[str], float]:
         (tmp_path / "a_child.py").write_text(WORDS + code)
         lines, began = list[str](), time.monotonic()
         stop = lambda: bool(lines) and time.monotonic() - began > stop_after
-        ended = run_child("a_child", "", tmp_path / "errors", lines.append, Location.parse(tmp_path), stop, patience)
+        ended = run_child("a_child", "", tmp_path / "errors", lines.append, Location.parse(tmp_path), stop, **limits)
         return ended, lines, time.monotonic() - began
 
     return run
@@ -55,7 +55,7 @@ def is_there(number: str) -> bool:
 
 @pytest.mark.parametrize("code", HANGS.values(), ids=HANGS)
 def test_a_child_that_is_silent_is_killed_with_what_it_started(run, code) -> None:
-    ended, lines, seconds = run(WITH_ANOTHER + code, Patience(silent=0.5))
+    ended, lines, seconds = run(WITH_ANOTHER + code, silent=0.5)
     assert ended is not None
     assert "was silent for 0.5 s, and was killed" in ended.text
     assert ended.status is None
@@ -66,7 +66,7 @@ def test_a_child_that_is_silent_is_killed_with_what_it_started(run, code) -> Non
 
 @pytest.mark.parametrize("code", HANGS.values(), ids=HANGS)
 def test_a_child_that_is_told_to_stop_and_does_not_is_killed(run, code) -> None:
-    ended, (number,), seconds = run(code, Patience(stopping=0.3), stop_after=0)
+    ended, (number,), seconds = run(code, stopping=0.3, stop_after=0)
     assert ended is None
     assert seconds < 10
     assert not is_there(number)
@@ -75,7 +75,7 @@ def test_a_child_that_is_told_to_stop_and_does_not_is_killed(run, code) -> None:
 def test_a_child_that_gives_signs_of_life_lives(run) -> None:
     """The control."""
     code = "for _ in range(8):\n    time.sleep(0.2)\n    print(json.dumps({'alive': True}), flush=True)\n"
-    ended, _, seconds = run(code, Patience(silent=1.2, stopping=0.3))
+    ended, _, seconds = run(code, silent=1.2, stopping=0.3)
     assert ended is None
     assert seconds > 1.5
 
@@ -85,7 +85,7 @@ def test_a_child_that_stops_in_time_is_not_killed(run) -> None:
         "def end(*_):\n    time.sleep(0.3); print(json.dumps({'stage': 'saved'}), flush=True); sys.exit(0)\n"
         "signal.signal(signal.SIGTERM, end)\nprint(json.dumps({'stage': 'ready'}), flush=True)\ntime.sleep(600)"
     )
-    ended, lines, _ = run(code, Patience(stopping=20.0), stop_after=0.5)
+    ended, lines, _ = run(code, stopping=20.0, stop_after=0.5)
     assert ended is None
     assert lines[1:] == ["ready", "saved"]
 

@@ -85,7 +85,7 @@ def mounted(folder: Path, name: str) -> bases.Base:
 
 def test_the_losses_are_those_of_peft_with_the_adapter_on_and_off(folder) -> None:
     ready = mounted(folder, "loud")
-    found = forgetting.on_neutral_texts(ready.model, ready.tokenizer).neutral
+    found = forgetting.on_neutral_texts(ready.model, ready.tokenizer)
     base = bases.load(str(folder / "llama"), task="generate", dtype="float32")
     twin = PeftModel.from_pretrained(base.model, str(folder / "bundle-loud")).eval()
 
@@ -111,7 +111,7 @@ def test_the_losses_are_those_of_peft_with_the_adapter_on_and_off(folder) -> Non
 
 def test_an_adapter_that_changes_nothing_forgets_nothing(folder) -> None:
     ready = mounted(folder, "still")
-    found = forgetting.on_neutral_texts(ready.model, ready.tokenizer).neutral
+    found = forgetting.on_neutral_texts(ready.model, ready.tokenizer)
     assert (found.increase, found.low, found.high) == pytest.approx((0.0, 0.0, 0.0), abs=1e-6)
 
 

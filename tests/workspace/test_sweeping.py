@@ -64,7 +64,7 @@ def test_lists_are_tried_in_all_combinations_without_optuna() -> None:
     assert (request.combinations, request.count) == (6, 6)
     listed = Listed(request.settings)
     listed.know(trial(0, {"method.r": "4", "train.lr": "1e-3"}, 0.5))
-    left = [listed.propose() for _ in range(5)]
+    left = [listed.propose(number) for number in range(1, 6)]
     assert {(each["method.r"], each["train.lr"]) for each in left} == {
         ("4", "1e-4"), ("4", "1e-2"), ("8", "1e-4"), ("8", "1e-3"), ("8", "1e-2"),
     }  # fmt: skip
@@ -109,9 +109,8 @@ def test_a_study_that_is_made_again_knows_what_the_trials_of_the_killed_one_show
     for study in (known, new):
         found = []
         for number in range(40, 50):
-            settings = study.propose()
+            settings = study.propose(number)
             made = Trial(number, settings, "", RECIPE)
-            study.begin(made)
             found.append(distance(float(settings["train.lr"])))
             made.state, made.value = "finished", -found[-1]
             study.tell(made)
@@ -122,11 +121,11 @@ def test_a_study_that_is_made_again_knows_what_the_trials_of_the_killed_one_show
 def test_a_study_that_is_made_again_proposes_nothing_that_was_proposed() -> None:
     pytest.importorskip("optuna", reason="needs turret[sweep]")
     first, again = Proposed(RATE, 1), Proposed(RATE, 1)
-    rates = [first.propose()["train.lr"] for _ in range(3)]
-    assert Proposed(RATE, 1).propose()["train.lr"] == rates[0], "the control: proposals depend on the seed"
+    rates = [first.propose(number)["train.lr"] for number in range(3)]
+    assert Proposed(RATE, 1).propose(0)["train.lr"] == rates[0], "the control: proposals depend on the seed"
     for number, rate in enumerate(rates):
         again.know(trial(number, {"train.lr": rate}, 0.5))
-    assert not {again.propose()["train.lr"] for _ in range(3)} & set(rates)
+    assert not {again.propose(number)["train.lr"] for number in range(3, 6)} & set(rates)
 
 
 def test_a_trial_whose_curve_is_below_the_median_of_the_others_is_ended() -> None:
@@ -136,8 +135,7 @@ def test_a_trial_whose_curve_is_below_the_median_of_the_others_is_ended() -> Non
         study.know(trial(number, {"train.lr": 1e-3}, 0.9, 0.6, 0.8, 0.9))
     ended = []
     for number, curve in ((6, (0.1, 0.1)), (7, (0.7, 0.9))):
-        made = Trial(number, study.propose(), "", RECIPE)
-        study.begin(made)
+        made = Trial(number, study.propose(number), "", RECIPE)
         made.evaluations = list(enumerate(curve, 1))
         ended.append(study.ends(made))
         made.state, made.value = ("pruned", None) if ended[-1] else ("finished", 0.9)

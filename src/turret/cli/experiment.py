@@ -9,13 +9,14 @@ from typer import Argument, Option
 
 from turret.cli import options
 from turret.cli.output import columns, console, grid, number, safe
+from turret.errors import BadExperiment
 from turret.timestamp import to_minute
 
 if TYPE_CHECKING:
     from turret.experiments.analyze import ArmAnalysis
     from turret.json_types import JsonObject
     from turret.workspace.evaluation import Replayed
-    from turret.workspace.experimenting import ExperimentStatus, Telling
+    from turret.workspace.experimenting import ExperimentStatus
 
 EVENTS = 8  # of the history, the newest ones
 Name = Annotated[str, Argument(help="Name of the adapter.", show_default=False)]
@@ -123,10 +124,21 @@ def outcome(
     command: options.Command,
 ) -> None:
     """Record outcomes of answers, then do what the guards ask."""
-    from turret.workspace.experimenting import tell
+    from turret.experiments.outcomes import count_by_status
+    from turret.workspace.experimenting import lines_of, read_outcomes
 
-    recorded = tell(command.workspace.experiment(name), value, receipt, unit, file)
-    command.report(recorded, _print_recorded)
+    if (file is None) == (value is None) or (file is not None and (receipt or unit)):
+        raise BadExperiment(
+            "outcome: give one value with --receipt or --unit, or a table of many with --file, and not both"
+        )
+    experiment = command.workspace.experiment(name)
+    if file is None:
+        recorded = [experiment.outcome(value, receipt=receipt, unit=unit)]
+    else:
+        recorded = experiment.outcomes(read_outcomes(file))
+    counts, done = dict(count_by_status(recorded)), experiment.settle().done
+    said = {"outcomes": [each.as_json() for each in recorded], "counts": counts, "done": list(done)}
+    command.say(said, "\n".join(safe(line) for line in (*lines_of(recorded), *done)))
 
 
 def status_(*, name: Name, number: Number = None, command: options.Command) -> None:
@@ -226,11 +238,6 @@ def _print(found: ExperimentStatus) -> None:
         by = f" by {each['who']}" if each["who"] else ""
         what = status_text.event(each["verb"], each["detail"])
         console().print(f"  [dim]{safe(to_minute(each['at']))}{safe(by)}  {safe(what)}[/]")
-
-
-def _print_recorded(recorded: Telling) -> None:
-    for line in (*recorded.lines, *recorded.settled.done):
-        console().print(safe(line))
 
 
 def _print_replayed(found: Replayed) -> None:

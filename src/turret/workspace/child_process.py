@@ -4,7 +4,7 @@ The child prints its progress on stdout, one JSON object per line. Its environme
 finds the store in TURRET_STORE, because a URL may have a password and arguments are visible. Its stdin closes when the
 parent process ends, which tells it to stop; `stop_with_parent` watches that.
 
-A child that hangs hears no signal but SIGKILL. With `Patience` its parent kills it; without a parent, `Alive` ends it.
+A child that hangs hears no signal but SIGKILL. Its parent kills it; without a parent, `Alive` ends it.
 """
 
 from __future__ import annotations
@@ -55,14 +55,6 @@ ALIVE_SECONDS = 1.0  # at least, between two signs of life of a child
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long a parent waits for its child, in seconds; None: for ever."""
-
-    silent: float | None = None  # without a line or a sign of life
-    stopping: float | None = None  # after it was told to stop
-
-
-@dataclass(frozen=True)
 class Failure:
     """Why a child failed."""
 
@@ -95,14 +87,18 @@ def run_child(
     say: Say,
     store: Location,
     stop: Callable[[], bool] = never,
-    patience: Patience = Patience(),
+    *,
+    silent: float | None = None,
+    stopping: float | None = None,
 ) -> Failure | None:
     """Run `python -P -m MODULE ARGUMENT` until it ends.
 
     Args:
         errors: the file for its stderr.
         stop: asked a few times a second; once it is true, the child is told to write a checkpoint and end.
-        patience: after it, the child and all processes that it started are killed.
+        silent: seconds without a line or a sign of life, after which the child and all processes that it started are
+            killed; None: never.
+        stopping: seconds after it was told to stop, after which they are killed; None: never.
 
     Returns:
         Why the process failed; None if it succeeded or was told to stop.
@@ -111,7 +107,7 @@ def run_child(
         Interrupted: the user stopped it.
     """
     with errors.open("wb") as written, start_child(module, argument, written, store) as child:
-        return _follow_child(child, errors, say, stop, patience)
+        return _follow_child(child, errors, say, stop, silent, stopping)
 
 
 def _follow_child(
@@ -119,7 +115,8 @@ def _follow_child(
     errors: Path,
     say: Say,
     stop: Callable[[], bool],
-    patience: Patience,
+    silent: float | None,
+    stopping: float | None,
 ) -> Failure | None:
     """Follow a child until it ends."""
     asked, hung, ended = threading.Event(), threading.Event(), threading.Event()
@@ -135,10 +132,10 @@ def _follow_child(
             if not asked.is_set() and stop():
                 asked.set()
                 child.terminate()  # it finishes the step and writes a checkpoint
-                end = None if patience.stopping is None else time.monotonic() + patience.stopping
+                end = None if stopping is None else time.monotonic() + stopping
             if end is not None and time.monotonic() > end:
                 kill_child(child)
-            elif patience.silent is not None and now - heard[0] > patience.silent:
+            elif silent is not None and now - heard[0] > silent:
                 hung.set()
                 kill_child(child)
 
@@ -149,11 +146,6 @@ def _follow_child(
             if isinstance(value.get("stage"), str):
                 say(value["stage"])
         status = child.wait()
-    except KeyboardInterrupt:
-        child.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(patience.stopping)
-        raise Interrupted(STOPPED) from None
     finally:
         ended.set()
         watcher.join()
@@ -162,7 +154,7 @@ def _follow_child(
     if status == 0 or (asked.is_set() and not hung.is_set()):
         return None
     if hung.is_set():
-        return silence(patience.silent or 0)
+        return silence(silent or 0)
     if status == Interrupted.exit_status:
         raise Interrupted(STOPPED)
     text = errors.read_text(errors="replace")

@@ -332,9 +332,7 @@ def _write_format(text: _Lines, table: Table, data: DataSettings) -> None:
 def _column_comment(seen: Profile, column: str) -> str:
     facts = seen.facts[column]
     if seen.classes and column == seen.roles.get("label"):
-        listed = ", ".join(f"{label} ({count})" for label, count in list(seen.classes.items())[:6])
-        more = f" and {len(seen.classes) - 6} more" if len(seen.classes) > 6 else ""
-        return one_line(f"{len(seen.classes)} classes: {listed}{more}", 120)
+        return _count_classes(seen.classes)
     example = one_line(next(iter(facts.values), ""), 50)
     mean = sum(facts.lengths) / max(1, len(facts.lengths))  # also of texts in lists
     return f"{facts.filled} filled, {mean:.0f} characters on average, such as {example!r}"
@@ -342,10 +340,15 @@ def _column_comment(seen: Profile, column: str) -> str:
 
 def _candidate_comment(candidate: Candidate) -> str:
     """The classes of another column that may be the label, and whether the text tells them."""
-    listed = ", ".join(f"{label} ({count})" for label, count in list(candidate.classes.items())[:6])
-    more = f" and {len(candidate.classes) - 6} more" if len(candidate.classes) > 6 else ""
     told = "" if candidate.kappa is None else f"; from the text: {_kappa_words(candidate.kappa)}"
-    return one_line(f"{len(candidate.classes)} classes: {listed}{more}", 120) + told
+    return _count_classes(candidate.classes) + told
+
+
+def _count_classes(classes: Mapping[str, int]) -> str:
+    """`3 classes: good (12), bad (9), mixed (4)`."""
+    listed = ", ".join(f"{label} ({count})" for label, count in list(classes.items())[:6])
+    more = f" and {len(classes) - 6} more" if len(classes) > 6 else ""
+    return one_line(f"{len(classes)} classes: {listed}{more}", 120)
 
 
 def _kappa_words(kappa: float) -> str:

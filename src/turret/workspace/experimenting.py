@@ -547,25 +547,6 @@ SHOWN = 5  # lines about outcomes that were not counted
 COLUMNS = ("receipt", "unit", "value")
 
 
-@dataclass(frozen=True)
-class Telling:
-    """The recorded outcomes, and the status of the experiment after its guards were applied."""
-
-    recorded: tuple[Recorded, ...]
-    settled: ExperimentStatus
-
-    @property
-    def lines(self) -> list[str]:
-        return lines_of(self.recorded)
-
-    def as_json(self) -> JsonObject:
-        return {
-            "outcomes": [each.as_json() for each in self.recorded],
-            "counts": dict(count_by_status(self.recorded)),
-            "done": list(self.settled.done),
-        }
-
-
 def lines_of(recorded: Sequence[Recorded]) -> list[str]:
     """What became of outcomes, for people."""
     if len(recorded) == 1:
@@ -574,21 +555,6 @@ def lines_of(recorded: Sequence[Recorded]) -> list[str]:
     rejected = [each.text for each in recorded if not each.kept]
     more = [f"... and {len(rejected) - SHOWN} more"] if len(rejected) > SHOWN else []
     return [f"{len(recorded)} outcomes: {counts}", *rejected[:SHOWN], *more]
-
-
-def tell(
-    experiment: LiveExperiment, value: str | None, receipt: str | None, unit: str | None, file: Path | None
-) -> Telling:
-    """Record one outcome, or all outcomes of a table. Then apply the experiment's guards."""
-    if (file is None) == (value is None) or (file is not None and (receipt or unit)):
-        raise BadExperiment(
-            "outcome: give one value with --receipt or --unit, or a table of many with --file, and not both"
-        )
-    if file is None:
-        recorded = [experiment.outcome(value, receipt=receipt, unit=unit)]
-    else:
-        recorded = experiment.outcomes(read_outcomes(file))
-    return Telling(tuple(recorded), experiment.settle())
 
 
 def read_outcomes(path: Path) -> Iterator[tuple[str | None, str | None, JsonValue]]:

@@ -11,7 +11,7 @@ With d_i the difference of a text's summed losses and n_i its number of tokens, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 
 import numpy as np
@@ -84,41 +84,25 @@ class Increase:
         )
 
 
-@dataclass(frozen=True)
-class Forgetting:
-    """The forgetting of one version, as its metrics keep it.
+def metrics_of(
+    neutral: Increase, tasks: Mapping[str, Increase] | None = None, skipped: Mapping[str, str] | None = None
+) -> Metrics:
+    """The metrics of the split `forgetting`. `tasks` is the largest increase; 0 if there is no other task.
 
     Args:
         neutral: on neutral texts.
         tasks: by the version of another task; None: not measured yet.
         skipped: why a task could not be measured, by its version.
     """
-
-    neutral: Increase
-    tasks: Mapping[str, Increase] | None = None
-    skipped: Mapping[str, str] = field(default_factory=dict)
-
-    def as_json(self) -> Metrics:
-        """The metrics of the split `forgetting`. `tasks` is the largest increase; 0 if there is no other task."""
-        found: dict[str, MetricValue] = _numbers("neutral", self.neutral)
-        if self.tasks is not None:
-            none = Increase(0.0, 0.0, 0.0, loss=0.0, base_loss=0.0, texts=0)
-            worst = max(self.tasks.values(), key=lambda each: each.increase, default=none)
-            found |= {"tasks": worst.increase, "tasks_low": worst.low, "tasks_high": worst.high}
-            found["against"] = {version: vars(each) for version, each in self.tasks.items()}
-            found["skipped"] = dict(self.skipped)
-        return found
-
-
-def _numbers(name: str, each: Increase) -> dict[str, MetricValue]:
-    return {
-        name: each.increase,
-        f"{name}_low": each.low,
-        f"{name}_high": each.high,
-        f"{name}_loss": each.loss,
-        f"{name}_base_loss": each.base_loss,
-        f"{name}_texts": each.texts,
-    }
+    found: dict[str, MetricValue] = {"neutral": neutral.increase}
+    found |= {f"neutral_{name}": value for name, value in vars(neutral).items() if name != "increase"}
+    if tasks is not None:
+        none = Increase(0.0, 0.0, 0.0, loss=0.0, base_loss=0.0, texts=0)
+        worst = max(tasks.values(), key=lambda each: each.increase, default=none)
+        found |= {"tasks": worst.increase, "tasks_low": worst.low, "tasks_high": worst.high}
+        found["against"] = {version: vars(each) for version, each in tasks.items()}
+        found["skipped"] = dict(skipped or {})
+    return found
 
 
 def is_defined(version: Version) -> bool:
@@ -126,7 +110,7 @@ def is_defined(version: Version) -> bool:
     return stored_task(version.task).generates
 
 
-def on_neutral_texts(model: Model, tokenizer: Tokenizer) -> Forgetting:
+def on_neutral_texts(model: Model, tokenizer: Tokenizer) -> Increase:
     """The forgetting on neutral texts of the attached adapter."""
     sources, targets = [], []
     for paragraph in PARAGRAPHS:
@@ -141,7 +125,7 @@ def on_neutral_texts(model: Model, tokenizer: Tokenizer) -> Forgetting:
             for source, target in zip(sources, targets, strict=True):
                 sums.append(_summed_loss(packed.target_states(model, [source], [target]), target, model))
         losses.append((sums, [len(target) for target in targets]))
-    return Forgetting(Increase.of(*losses))
+    return Increase.of(*losses)
 
 
 def _summed_loss(states: Tensor, target: Tensor, model: Model) -> float:
@@ -161,8 +145,8 @@ def _summed_loss(states: Tensor, target: Tensor, model: Model) -> float:
 
 def on_other_tasks(
     store: Store, version: Version, model: Model, tokenizer: Tokenizer, neutral: Increase, say: Say = silent
-) -> Forgetting:
-    """The forgetting on the other tasks of the store as well. model: with the version's adapter attached."""
+) -> Metrics:
+    """The metrics with those of the other tasks of the store as well. model: with the version's adapter attached."""
     found, skipped = dict[str, Increase](), dict[str, str]()
     for other in others(store, version):
         say(f"measuring forgetting on {other}")
@@ -170,7 +154,7 @@ def on_other_tasks(
             found[str(other)] = _on_task(store, other, model, tokenizer)
         except TurretError as error:  # its data may be gone, and then nothing can be measured on it
             skipped[str(other)] = str(error)
-    return Forgetting(neutral, found, skipped)
+    return metrics_of(neutral, found, skipped)
 
 
 def others(store: Store, version: Version) -> list[Version]:

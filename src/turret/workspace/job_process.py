@@ -238,8 +238,8 @@ class ServingTrainer:
         pass_seconds: Of the longest pass of a training, about: an answer that arrives waits for it.
     """
 
-    def __init__(self, store: Store, queue: JobQueue, engines: Sequence[Engine], pass_seconds: float) -> None:
-        self._store, self._queue = store, queue
+    def __init__(self, store: Store, engines: Sequence[Engine], pass_seconds: float) -> None:
+        self._store, self._queue = store, JobQueue.of(store, make=True)
         self._places = [ServingBase(each) for each in engines]
         self._most_tokens = {id(each): _most_tokens(each.engine, pass_seconds) for each in self._places}
         self._folder = tempfile.TemporaryDirectory(prefix="turret-")
@@ -307,14 +307,10 @@ class TrainingWhileServing:
     """
 
     def __init__(self, store: Store, engines: Sequence[Engine], *, slots: int, pass_seconds: float, say: Say) -> None:
-        trainers: list[ServingTrainer] = []
-
-        def trainer(queue: JobQueue, _: threading.Event) -> ServingTrainer:
-            trainers.append(ServingTrainer(store, queue, engines, pass_seconds))
-            return trainers[0]
+        trainer = ServingTrainer(store, engines, pass_seconds)
 
         def mine(entry: Entry) -> bool:
-            return entry.kind == TRAINING and not entry.died_beside and trainers[0].serves(entry.recipe)
+            return entry.kind == TRAINING and not entry.died_beside and trainer.serves(entry.recipe)
 
         self._worker = Worker(store, say, slots, WorkerLimits(), trainer, mine)
         self._say = say

@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +31,7 @@ from turret.statistics import Floats
 from turret.store import Store
 from turret.tasks import Prediction, Task, stored_task
 from turret.tasks.shapes import Metrics, number_in, number_of
+from turret.timestamp import timestamp
 from turret.train.asking import MOST_TOKENS, Asking
 from turret.train.batches import EncodedRows, by_length
 from turret.train.evaluation import evaluating
@@ -377,7 +377,7 @@ def _forgetting(ready: answering.Mounted) -> dict[str, float] | None:
     """
     if ready.asking.base.model.get_output_embeddings() is None:
         return None
-    found = on_neutral_texts(ready.model, ready.task.tokenizer).neutral
+    found = on_neutral_texts(ready.model, ready.task.tokenizer)
     return {"loss": found.loss, "base_loss": found.base_loss, "low": found.low, "high": found.high}
 
 
@@ -432,7 +432,7 @@ def provenance(model: Model) -> JsonObject:
     packed = ", weights in 4 bits" if quantized.any_packed(model) else ""
     precision = " and ".join(kinds) + packed
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "date": timestamp(time.time(), "seconds"),
         "device": _device(weight.device),
         "threads": torch.get_num_threads(),
         "precision": precision,

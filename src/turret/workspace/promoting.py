@@ -149,12 +149,13 @@ class _Replayer:
             self._store, str(version), self._say, self._device
         )
         self._say("measuring forgetting")
-        found = forgetting.on_neutral_texts(ready.model, ready.task.tokenizer)
+        neutral = forgetting.on_neutral_texts(ready.model, ready.task.tokenizer)
+        found = forgetting.metrics_of(neutral)
         if on_tasks:
             found = forgetting.on_other_tasks(
-                self._store, version, ready.model, ready.task.tokenizer, found.neutral, self._say
+                self._store, version, ready.model, ready.task.tokenizer, neutral, self._say
             )
-        self._store.keep_metrics(version, FORGETTING, found.as_json())
+        self._store.keep_metrics(version, FORGETTING, found)
 
     def _ask_mounted(self, version: str, texts: Sequence[str]) -> Sequence[Answer]:
         from turret.workspace import answering

@@ -45,7 +45,6 @@ from turret.workspace.child_process import (
     STOPPED,
     Failure,
     JobRequest,
-    Patience,
     StartLine,
     StopLine,
     TrainerRequest,
@@ -110,7 +109,7 @@ class Worker:
     """The tries of this process.
 
     Args:
-        trainer: makes where the runs are trained, for a queue and an event that tells the end; None: a kept process.
+        trainer: where the runs are trained; None: a kept process.
         mine: whether this worker can train a run at all.
     """
 
@@ -120,7 +119,7 @@ class Worker:
         say: Say,
         slots: int,
         limits: WorkerLimits,
-        trainer: Callable[[JobQueue, threading.Event], Trainer] | None = None,
+        trainer: Trainer | None = None,
         mine: Callable[[Entry], bool] = lambda entry: True,
     ) -> None:
         self._store, self._say, self._slots, self._limits = store, say, slots, limits
@@ -132,11 +131,7 @@ class Worker:
         self._failures = self._outages = self._unanswered = 0  # in a row: by this machine; at a look; by the store
         self._pause_until = 0.0
         self._stopping, self._changed = threading.Event(), threading.Event()
-        self._trainer: Trainer = (
-            ResidentTrainer(store, self._queue, limits, self._stopping)
-            if trainer is None
-            else trainer(self._queue, self._stopping)
-        )
+        self._trainer = trainer or ResidentTrainer(store, self._queue, limits, self._stopping)
         self._mine = mine
         self._one_alone = threading.Lock()
 
@@ -575,7 +570,7 @@ class _Try:
     def _run_own_process(self, stop: Callable[[], bool]) -> Failure | None:
         taken, limits = self._taken, self._limits
         study = taken.kind == STUDY  # it is silent while it waits for cells
-        patience = Patience(None if study else limits.silent_seconds, limits.stopping_seconds)
+        silent = None if study else limits.silent_seconds
         with tempfile.TemporaryDirectory(prefix="turret-") as folder:
             alone = Path(folder) / "training"
             alone.mkdir()
@@ -584,9 +579,9 @@ class _Try:
                 "taken": taken.as_json(),
                 "folder": None if limits.own else str(alone),
             }
-            errors, where = Path(folder) / "stderr.txt", self._store.location
-            child = CONDUCTOR if study else CHILD
-            return run_child(child, json.dumps(request), errors, self._tell, where, stop, patience)
+            child, text, errors = CONDUCTOR if study else CHILD, json.dumps(request), Path(folder) / "stderr.txt"
+            where, stopping = self._store.location, limits.stopping_seconds
+            return run_child(child, text, errors, self._tell, where, stop, silent=silent, stopping=stopping)
 
     def _tell(self, line: str) -> None:
         self._say(f"run {self._taken.id}: {line}")

@@ -232,8 +232,8 @@ class Listed:
         values = [each.values for each in settings.values() if isinstance(each, Choices)]
         self._left = [dict(zip(settings, each, strict=True)) for each in itertools.product(*values)]
 
-    def propose(self) -> dict[str, Plain]:
-        """The settings of a new trial."""
+    def propose(self, number: int) -> dict[str, Plain]:
+        """The settings of a new trial with this number."""
         return dict(self._left.pop(0))
 
     def know(self, trial: Trial) -> None:
@@ -281,14 +281,10 @@ class Proposed:
             return kinds.IntDistribution(int(setting.low), int(setting.high), log=setting.log)
         return kinds.FloatDistribution(setting.low, setting.high, log=setting.log)
 
-    def propose(self) -> dict[str, Plain]:
-        """The settings of a new trial."""
-        self._new = self._study.ask(self._space)
-        return dict(self._new.params)
-
-    def begin(self, trial: Trial) -> None:
-        """The trial that was just proposed has this number."""
-        self._asked[trial.number] = self._new
+    def propose(self, number: int) -> dict[str, Plain]:
+        """The settings of a new trial with this number."""
+        asked = self._asked[number] = self._study.ask(self._space)
+        return dict(asked.params)
 
     def know(self, trial: Trial) -> None:
         """Learn of a trial of an earlier call that has ended."""
@@ -452,9 +448,8 @@ class _Running(CellJobs):
 
     def _proposals(self) -> Iterator[Trial]:
         while len(self._trials) < self._request.count:
-            trial = self._trial(len(self._trials), self._proposes.propose())
-            if isinstance(self._proposes, Proposed):
-                self._proposes.begin(trial)
+            number = len(self._trials)
+            trial = self._trial(number, self._proposes.propose(number))
             self._trials.append(trial)
             yield trial
 

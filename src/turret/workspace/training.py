@@ -136,7 +136,7 @@ def measure_adapter(ready: PreparedTraining, fitted: Fitted, say: Say, *, beside
     forgot = None
     if ready.base.model.get_output_embeddings() is not None:
         say("measuring forgetting")
-        forgot = forgetting.on_neutral_texts(ready.base.model, ready.task.tokenizer).as_json()
+        forgot = forgetting.metrics_of(forgetting.on_neutral_texts(ready.base.model, ready.task.tokenizer))
     seconds = time.perf_counter() - started
     examples = ready.dataset.test or ready.dataset.validation or ready.dataset.train
     probe = proof.probe(ready.base.model, ready.task, examples)
