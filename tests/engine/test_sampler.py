@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
 import transformers
 from decoding_rows import SETTINGS, Row
+from pretend_gpu import OnCard, pretend_gpu
 from small_models import build, tokenizer
 
 from turret.engine.request import GenerationSettings, SamplingParams
-from turret.engine.sampler import adjust, base_settings, choose, choose_together, draw, resolve_settings
+from turret.engine.sampler import adjust, base_settings, choose, draw, resolve_settings
 from turret.errors import BaseModelError, DataError
 
 V = 50
@@ -37,9 +39,9 @@ def scores(seed: int = 0) -> torch.Tensor:
 )
 def test_adjusted_scores_equal_those_of_transformers_processors(settings: dict, processor: object) -> None:
     past = [3, 7, 3, 7, 9, 3, 7, 3]  # 5 of a prompt, 3 of an answer
-    ours = scores()
-    theirs = processor(torch.tensor([past]), scores()[None])[0]  # type: ignore[operator]
-    adjust(ours, past, 3, GenerationSettings(**({"max_tokens": 99, "eos": (5,)} | settings)))
+    ours = scores()[None]
+    theirs = processor(torch.tensor([past]), scores()[None])  # type: ignore[operator]
+    adjust(ours, {0: (GenerationSettings(**({"max_tokens": 99, "eos": (5,)} | settings)), past, 3)})
     torch.testing.assert_close(ours, theirs)
 
 
@@ -172,25 +174,27 @@ def test_the_tokens_of_all_rows_at_once_are_those_of_each_row_alone() -> None:
             GenerationSettings(**({"max_tokens": 99, "eos": (5,), "seed": row} | each)) for row, each in enumerate(some)
         ]
         past = [[3, 7, 3, 7, row % V, 3, 7, 3] for row in range(len(some))]
-        found, expected = (
-            chosen(
-                given.clone(),
-                [Row(each, own, new=row % 5) for row, (each, own) in enumerate(zip(made, past, strict=True))],
-            )
-            for chosen in (choose_together, choose)
+        rows, same = (
+            [Row(each, own, new=row % 5) for row, (each, own) in enumerate(zip(made, past, strict=True))]
+            for _ in range(2)
         )
+        with pretend_gpu():
+            found = choose(OnCard(given.clone()), rows)
+        expected = [choose(own[None], [row])[0] for own, row in zip(given, same, strict=True)]
         assert found == expected
         assert found[1] is None
         assert len(set(found)) > 3
 
 
-@pytest.mark.parametrize("chosen", [choose, choose_together])
-def test_penalties_count_tokens_of_the_answer_alone_and_biases_are_added(chosen) -> None:
+@pytest.mark.parametrize("gpu", [False, True])
+def test_penalties_count_tokens_of_the_answer_alone_and_biases_are_added(gpu: bool) -> None:
     settings = {"presence_penalty": 1.5, "frequency_penalty": 0.5, "logit_bias": ((7, 2.0), (9, -3.0))}
     given = scores(5)[None]
     expected = given[0].clone()
     expected[7] += 2.0 - 1.5 - 2 * 0.5  # twice in the answer
     expected[9] -= 3.0
     expected[4] -= 1.5 + 0.5
-    chosen(given, [Row(GenerationSettings(99, (5,), **settings), [4, 4, 9, 7, 4, 7], new=3)])
+    with pretend_gpu() if gpu else nullcontext():
+        rows = [Row(GenerationSettings(99, (5,), **settings), [4, 4, 9, 7, 4, 7], new=3)]
+        choose(OnCard(given) if gpu else given, rows)
     torch.testing.assert_close(given[0], expected)

@@ -26,10 +26,6 @@ from turret.ops.core import to_device
 from turret.tasks.task import Task
 from turret.transformer import Model, Tokenizer
 
-# --- sampling ---------------------------------------------------------------------------------------------------------
-# The next token of every row at once, for a GPU: the CPU waits once for all rows, not once for each number.
-
-
 # --- choice -----------------------------------------------------------------------------------------------------------
 # What the choice of a token asks of a row and of its settings: numbers only, no scores.
 
@@ -86,30 +82,19 @@ def would_repeat(counted: Sequence[int], size: int) -> list[int]:
     return sorted({counted[at + size - 1] for at in starts if list(counted[at : at + size - 1]) == last})
 
 
-# --- GPU choice ------------------------------------------------------------------------------------------------------
+# --- scores -----------------------------------------------------------------------------------------------------------
 
 
-def choose_together(scores: Tensor, rows: Sequence[Row], guides: Mapping[int, Guide] | None = None) -> list[int | None]:
-    """The next token of each row; None if its scores are not finite.
+Counted = tuple[GenerationSettings, Sequence[int], int]  # what penalties count, and the length of the answer so far
+
+
+def adjust(scores: Tensor, rows: Mapping[int, Counted]) -> None:
+    """All processors up to forced tokens: each is one operation over the tokens that it changes in all rows.
 
     Args:
-        scores: (n, V) float32, changed in place.
-        guides: The constraints of rows, by number.
+        scores: (n, V), changed in place.
+        rows: Those whose settings are not plain, by number.
     """
-    finite = torch.isfinite(scores.sum(-1))
-    _adjust(scores, rows)
-    for number, guide in (guides or {}).items():
-        guide.mask(scores[number])
-    tokens = scores.argmax(-1)
-    drawn = [place for place, row in enumerate(rows) if row.settings.temperature > 0.0]
-    if drawn:
-        index = to_device(torch.tensor(drawn), scores.device)
-        tokens[index] = _draw(scores if len(drawn) == len(rows) else scores[index], [rows[place] for place in drawn])
-    return [None if token < 0 else token for token in torch.where(finite, tokens, -1).tolist()]
-
-
-def _adjust(scores: Tensor, rows: Sequence[Row]) -> None:
-    """All processors up to forced tokens: each is one operation over the tokens that it changes in all rows."""
     V = scores.shape[1]
     seen: list[tuple[int, int]] = []  # (row, token)
     penalties: list[float] = []
@@ -117,23 +102,19 @@ def _adjust(scores: Tensor, rows: Sequence[Row]) -> None:
     amounts: list[float] = []
     hidden: list[tuple[int, int]] = []
     forced: list[tuple[int, int]] = []
-    for place, row in enumerate(rows):
-        settings = row.settings
-        if settings.plain:
-            continue
-        counted = row.counted_tokens()
+    for number, (settings, counted, new) in rows.items():
         if settings.repetition_penalty != 1.0:
             own = sorted({token for token in counted if token < V})
-            seen += [(place, token) for token in own]
+            seen += [(number, token) for token in own]
             penalties += [settings.repetition_penalty] * len(own)
-        given = logit_offsets(settings, counted, row.new)
-        raised += [(place, token) for token in given]
+        given = logit_offsets(settings, counted, new)
+        raised += [(number, token) for token in given]
         amounts += given.values()
         if settings.no_repeat_ngram_size:
-            hidden += [(place, token) for token in would_repeat(counted, settings.no_repeat_ngram_size)]
-        if hides_eos(settings, len(counted), row.new):
-            hidden += [(place, token) for token in settings.eos]
-        forced += [(place, token) for token in forced_tokens(settings, row.new)]
+            hidden += [(number, token) for token in would_repeat(counted, settings.no_repeat_ngram_size)]
+        if hides_eos(settings, len(counted), new):
+            hidden += [(number, token) for token in settings.eos]
+        forced += [(number, token) for token in forced_tokens(settings, new)]
     if not seen and not raised and not hidden and not forced:
         return
     places = to_device(torch.tensor([*seen, *raised, *hidden, *forced]), scores.device)  # one copy for all
@@ -152,7 +133,7 @@ def _adjust(scores: Tensor, rows: Sequence[Row]) -> None:
         scores[row_of, token_of] = 0.0
 
 
-def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
+def draw_together(scores: Tensor, rows: Sequence[Row]) -> Tensor:
     """A sample of every row, (n,) int64, after temperature, top_k and top_p. scores: (n, V)"""
     V = scores.shape[1]
     given = [
@@ -298,34 +279,33 @@ def _most_tokens(options: SamplingParams, own: int, room: int) -> int:
 
 
 def choose(scores: Tensor, rows: Sequence[Row], guides: Mapping[int, Guide] | None = None) -> list[int | None]:
-    """The next token of each row; None if its scores are not finite.
+    """The next token of each row; None if its scores are not finite. On a GPU the CPU waits once for all rows.
 
     Args:
         scores: (n, V) float32, changed in place.
         guides: The constraints of rows, by number.
     """
-    if scores.is_cuda:
-        return choose_together(scores, rows, guides)
-    finite = torch.isfinite(scores.sum(-1)).tolist()
-    for number, row in enumerate(rows):
-        if not row.settings.plain and finite[number]:
-            adjust(scores[number], row.counted_tokens(), row.new, row.settings)
-    for number, guide in (guides or {}).items():
-        guide.mask(scores[number])
-    greedy = scores.argmax(-1).tolist()
-    ids = {
-        number: guide.allowed_tokens()
-        for number, guide in (guides or {}).items()
-        if rows[number].settings.temperature > 0.0
+    guides = guides or {}
+    finite = torch.isfinite(scores.sum(-1))
+    counted = {
+        number: (row.settings, row.counted_tokens(), row.new)
+        for number, row in enumerate(rows)
+        if not row.settings.plain
     }
-    return [
-        None
-        if not fine
-        else token
-        if row.settings.temperature == 0.0
-        else draw(scores[number], row.settings, row.random, ids.get(number))
-        for number, (row, fine, token) in enumerate(zip(rows, finite, greedy, strict=True))
-    ]
+    adjust(scores, counted)
+    for number, guide in guides.items():
+        guide.mask(scores[number])
+    tokens = scores.argmax(-1)
+    drawn = [number for number, row in enumerate(rows) if row.settings.temperature > 0.0]
+    if drawn and scores.is_cuda:
+        index = to_device(torch.tensor(drawn), scores.device)
+        own = scores if len(drawn) == len(rows) else scores[index]
+        tokens[index] = draw_together(own, [rows[number] for number in drawn])
+    else:
+        for number in drawn:
+            row, allowed = rows[number], guides[number].allowed_tokens() if number in guides else None
+            tokens[number] = draw(scores[number], row.settings, row.random, allowed)
+    return [None if token < 0 else token for token in torch.where(finite, tokens, -1).tolist()]
 
 
 class TokenLogprobs(NamedTuple):
@@ -342,31 +322,6 @@ def token_logprobs(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(
         token, max(float(logprobs[token]), LOWEST), tuple(zip(ids.tolist(), values.tolist(), strict=True))
     )
-
-
-def adjust(scores: Tensor, counted: Sequence[int], new: int, settings: GenerationSettings) -> None:
-    """Apply all processors up to forced tokens to the scores of a row.
-
-    Args:
-        scores: (V,), changed in place.
-        counted: Tokens that penalties count.
-        new: Tokens of the answer so far.
-        settings: Of the request.
-    """
-    if settings.repetition_penalty != 1.0:
-        seen = to_device(torch.tensor(sorted({token for token in counted if token < len(scores)})), scores.device)
-        own = scores[seen]
-        scores[seen] = torch.where(own < 0, own * settings.repetition_penalty, own / settings.repetition_penalty)
-    if given := logit_offsets(settings, counted, new):
-        scores[list(given)] += to_device(torch.tensor(list(given.values())), scores.device)
-    if settings.no_repeat_ngram_size:
-        banned = would_repeat(counted, settings.no_repeat_ngram_size)
-        scores[to_device(torch.tensor(banned, dtype=torch.long), scores.device)] = -torch.inf
-    if hides_eos(settings, len(counted), new):
-        scores[list(settings.eos)] = -torch.inf
-    if forced := forced_tokens(settings, new):
-        scores.fill_(-torch.inf)
-        scores[list(forced)] = 0.0
 
 
 def draw(scores: Tensor, settings: GenerationSettings, generator: random.Random, allowed: Tensor | None = None) -> int:
