@@ -30,7 +30,7 @@ from turret.access import Access
 from turret.server.auth import MOST_OF_TOKEN, Sessions
 from turret.server.limits import RequestLimits
 from turret.server.oidc import BACK, COOKIE, OidcSettings
-from turret.store import SessionRows
+from turret.store.access_tokens import SessionRows
 from turret.workspace import Workspace
 
 LATER = 2.0  # seconds beyond its quiet time that another tenant's request may take

@@ -25,7 +25,8 @@ from turret.server.auth import SESSION_COOKIE
 from turret.server.limits import Quota, SharedQuotas
 from turret.server.metrics import Metrics
 from turret.server.services import Leader, ServerSettings
-from turret.store import Budgets, Store
+from turret.store import Store
+from turret.store.usage import Budgets
 from turret.workspace import Workspace
 
 BODY = {"model": "a", "input": "x"}

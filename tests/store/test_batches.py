@@ -15,10 +15,10 @@ from turret import database
 from turret.database import jobs
 from turret.errors import InUse, LeaseLost, StoreError, TooLarge
 from turret.server.limits import Quota, SharedQuotas
-from turret.store import Budgets, Store, client_files, leases, usage
+from turret.store import Store, client_files, leases, usage
 from turret.store.batches import Answer, Batch, Batches
 from turret.store.client_files import ClientFiles
-from turret.store.usage import flushes
+from turret.store.usage import Budgets, flushes
 
 ONE, TWO, OTHER = "token x/one", "token x/two", "token y/one"
 

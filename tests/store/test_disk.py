@@ -16,7 +16,8 @@ from store.bundles import tensors
 
 from turret.cli.main import run as command
 from turret.errors import StoreError
-from turret.store import Example, GoldenReplay, GoldenSet, Store, scratch
+from turret.store import Store, scratch
+from turret.store.golden import Example, GoldenReplay, GoldenSet
 
 GOLDEN = GoldenSet((Example("a great film", "label", "good"),))
 

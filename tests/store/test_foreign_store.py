@@ -11,8 +11,8 @@ from store import by_hand
 
 from turret.cli.main import run
 from turret.errors import BadReference, Corrupt, StoreError
-from turret.store import Example, GoldenSet, Store
-from turret.store.golden import digest_of
+from turret.store import Store
+from turret.store.golden import Example, GoldenSet, digest_of
 from turret.workspace import Workspace
 
 READS = [["list"], ["show", "a@1"], ["diff", "a@1", "a@2"], ["verify"], ["gate", "a"], ["gc", "--dry-run"]]

@@ -8,7 +8,8 @@ import pytest
 from store import by_hand
 
 from turret.errors import BadReference, Corrupt, DataError, GateFailed, NotFound, ReplayNeeded
-from turret.store import Example, Golden, GoldenReplay, GoldenSet
+from turret.store import Golden
+from turret.store.golden import Example, GoldenReplay, GoldenSet
 
 CLASSIFIES = {"task": {"kind": "classify", "labels": ["bad", "good"]}}
 WRITES = {"task": {"kind": "generate"}}

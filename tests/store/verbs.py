@@ -23,9 +23,10 @@ from turret.database import OLDEST
 from turret.errors import ExperimentError, NotFound
 from turret.experiments import Guards, input_drift, rows
 from turret.experiments.rows import ArmHealth
-from turret.store import Example, GoldenReplay, GoldenSet, Store, promises
+from turret.store import Store, promises
 from turret.store.blobs import hash_file
 from turret.store.catalog import now
+from turret.store.golden import Example, GoldenReplay, GoldenSet
 from turret.store.promises import Promise, Terms
 from turret.store.uploads import Upload
 

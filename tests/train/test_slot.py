@@ -17,13 +17,13 @@ from torch import Tensor
 from turret import adapters, bases
 from turret.adapters import Adapter, drawing
 from turret.data import Example, Labelled, Pair
-from turret.engine import Engine, Limits, Loss, Named, OptimStep, Samples, SamplingParams, TrainsRows
+from turret.engine import Engine, Limits, Loss, Named, OptimStep, SamplingParams
 from turret.errors import AdapterError, LossNotFinite, NotFound, OutOfMemory, TrainingError
 from turret.methods import Full, LoRA, Prefix
 from turret.ops.dropout import Draws
 from turret.train import step
 from turret.train.batches import encode
-from turret.train.slot import TrainingSlot
+from turret.train.slot import LocalSlot, TrainingSlot
 
 GOOD, BAD = "a great film, a pleasure", "a dull and boring story"
 LABELS = ("good", "bad")
@@ -300,7 +300,7 @@ def test_memory_that_runs_out_drops_the_gradients_of_half_a_batch(engine: Engine
         assert equal(slot.save(), other.save())
 
 
-def verb_by_verb(slot: TrainsRows[Any], rows: list[Any], how: OptimStep) -> tuple[float, float]:
+def verb_by_verb(slot: LocalSlot | TrainingSlot, rows: list[Any], how: OptimStep) -> tuple[float, float]:
     return slot.forward_backward(rows), slot.optim_step(how)
 
 
@@ -316,5 +316,4 @@ def test_the_verbs_one_by_one_are_the_step_of_the_training_loop(engine: Engine) 
         assert one.steps == other.steps == 4
         assert equal(one.save(), other.save())
         assert not equal(one.save(), control.save())
-        asks: Samples = one
-        assert asks.sample([GOOD]) == other.sample([GOOD])
+        assert one.sample([GOOD]) == other.sample([GOOD])

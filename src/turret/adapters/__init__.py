@@ -5,7 +5,7 @@ verbs, `packed` runs unpadded rows, `layers` lets whole layers compute as one bl
 """
 
 from turret.adapters.adapter import Adapter, BaseInfo, StoredAdapter, require_base
-from turret.adapters.batch_context import ATTACHED, BARE, REFERENCE, BatchContext, set_context
+from turret.adapters.batch_context import ATTACHED, BARE, REFERENCE, set_context
 from turret.adapters.hooks import (
     attachment,
     detach,
@@ -24,7 +24,6 @@ __all__ = [
     "REFERENCE",
     "Adapter",
     "BaseInfo",
-    "BatchContext",
     "StoredAdapter",
     "attach",
     "attachment",

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from turret.engine.protocol import Loss, OptimStep, Samples, TrainsRows
+from turret.engine.protocol import Loss, OptimStep
 from turret.engine.request import (
     Ask,
     Done,
     Event,
     Failed,
-    Kind,
     Limits,
     LoadedAdapter,
     Named,
@@ -21,7 +20,6 @@ from turret.engine.request import (
     Receipt,
     Stats,
     Ticket,
-    VersionStats,
 )
 from turret.engine.sampling_params import SamplingParams
 from turret.engine.slots import MemoryBudget
@@ -37,7 +35,6 @@ __all__ = [
     "Engine",
     "Event",
     "Failed",
-    "Kind",
     "Limits",
     "LoadedAdapter",
     "Loss",
@@ -46,12 +43,9 @@ __all__ = [
     "OptimStep",
     "Piece",
     "Receipt",
-    "Samples",
     "SamplingParams",
     "Stats",
     "Ticket",
-    "TrainsRows",
-    "VersionStats",
 ]
 
 

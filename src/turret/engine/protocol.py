@@ -1,25 +1,13 @@
-"""What trains on a base and answers, verb by verb: the types, without torch.
-
-The verbs are those of Tinker's API. An engine makes the slots; training loops, workers and servers are their clients.
-"""
+"""What a step of a training is told: its numbers, and a loss of your own. Loads no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
-
-from turret.tasks.shapes import Answer
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from turret.adapters.adapter import Adapter
-    from turret.data import Input
-    from turret.engine.request import Ticket
-    from turret.engine.sampling_params import SamplingParams
-
-Row = TypeVar("Row", contravariant=True)  # an example as a task has it, or encoded
 
 
 @dataclass(frozen=True)
@@ -59,44 +47,3 @@ class Loss:
     name: str
     function: Callable[[Tensor, Tensor], Tensor]
     spans: Literal["row", "batch"] = "row"
-
-
-class TrainsRows(Protocol[Row]):
-    """An adapter that trains. A loss is a mean over the rows, or over the tokens that it counts."""
-
-    @property
-    def steps(self) -> int:
-        """Steps taken so far."""
-
-    def forward(self, rows: Sequence[Row]) -> float:
-        """The task's loss over some rows, without gradients and dropout."""
-
-    def forward_backward(self, rows: Sequence[Row], loss: Loss | None = None) -> float:
-        """Add the gradients of a loss over some rows. Returns that loss. loss: None: the task's."""
-
-    def optim_step(self, step: OptimStep) -> float:
-        """One step with the gradients that were added. Returns their norm before clipping.
-
-        Raises:
-            TrainingError: No gradients were added since the last step.
-            LossNotFinite: The norm is NaN or infinite; the weights stay, the gradients are dropped.
-        """
-
-    def save(self) -> Adapter:
-        """The adapter as it is now, ready for `bundles.save_bundle`."""
-
-    def load(self, adapter: Adapter) -> None:
-        """Continue from the tensors of a finished adapter. Raises AdapterError if they do not fit."""
-
-    def drop(self) -> None:
-        """Free the slot, once its answers have ended."""
-
-
-class Samples(Protocol):
-    """An adapter that answers as it is now, without a file between. A request keeps the weights that it began with."""
-
-    def sample(self, inputs: Sequence[Input], options: SamplingParams | None = None) -> list[Answer]:
-        """An answer for each input."""
-
-    def submit(self, inputs: Sequence[Input], options: SamplingParams | None = None) -> list[Ticket]:
-        """The tickets of these answers."""

@@ -3,8 +3,8 @@
 numpy is imported only to analyze an experiment. Assigning units and recording outcomes do not need it.
 """
 
-from turret.experiments.experiment import Arm, Experiment, Guards, Metric
+from turret.experiments.experiment import Experiment, Guards
 from turret.experiments.outcomes import Recorded
 from turret.experiments.router import Assignment, Router, Told
 
-__all__ = ["Arm", "Assignment", "Experiment", "Guards", "Metric", "Recorded", "Router", "Told"]
+__all__ = ["Assignment", "Experiment", "Guards", "Recorded", "Router", "Told"]

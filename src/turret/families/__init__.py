@@ -12,21 +12,7 @@ from turret.families.big_bird import BIG_BIRD
 from turret.families.deberta_v2 import DEBERTA_V2
 from turret.families.distilbert import DISTILBERT
 from turret.families.electra import ELECTRA
-from turret.families.family import (
-    Family,
-    FastPaths,
-    Group,
-    HeadParts,
-    Kind,
-    Layout,
-    Pooling,
-    RelativeBias,
-    Site,
-    Stream,
-    first,
-    last,
-    parts_of_head,
-)
+from turret.families.family import Family, Site, parts_of_head
 from turret.families.gemma2 import GEMMA2, GEMMA3
 from turret.families.gpt2 import GPT2
 from turret.families.llama import LLAMA, QWEN2, QWEN3
@@ -75,18 +61,8 @@ def family_of(config: ModelConfig) -> Family:
 __all__ = [
     "FAMILIES",
     "Family",
-    "FastPaths",
-    "Group",
-    "HeadParts",
-    "Kind",
-    "Layout",
-    "Pooling",
-    "RelativeBias",
     "Site",
-    "Stream",
     "family_named",
     "family_of",
-    "first",
-    "last",
     "parts_of_head",
 ]

@@ -1,30 +1,25 @@
 """Store adapters: immutable numbered versions, content-addressed files, aliases with gates, and training runs."""
 
-from turret.store.access_tokens import AccessToken, AccessTokens, SessionRows
+from turret.store.access_tokens import AccessToken, AccessTokens
 from turret.store.aliases import Move, Pointing
 from turret.store.catalog import Compared, Deleted, Version, fold_comparisons
 from turret.store.core import Store
 from turret.store.gates import Gate, GateStatus
-from turret.store.golden import Example, Golden, GoldenReplay, GoldenSet
+from turret.store.golden import Golden
 from turret.store.jobs import JobQueue
 from turret.store.panels import Panel, PanelMove, Panels, Question
 from turret.store.runs import HeldRun
 from turret.store.upkeep import Collected, Verified
-from turret.store.usage import Budgets
 
 __all__ = [
     "AccessToken",
     "AccessTokens",
-    "Budgets",
     "Collected",
     "Compared",
     "Deleted",
-    "Example",
     "Gate",
     "GateStatus",
     "Golden",
-    "GoldenReplay",
-    "GoldenSet",
     "HeldRun",
     "JobQueue",
     "Move",
@@ -33,7 +28,6 @@ __all__ = [
     "Panels",
     "Pointing",
     "Question",
-    "SessionRows",
     "Store",
     "Verified",
     "Version",

@@ -1,4 +1,4 @@
-"""An adapter that trains, one verb at a time: see `turret.engine.protocol`.
+"""An adapter that trains, one verb at a time. The verbs are those of Tinker's API.
 
 A `LocalSlot` computes in the thread of its caller; the training loop, the search for a learning rate and the start of a
 head are its clients. A `TrainingSlot` has the same verbs on the base of an engine, in whose thread they take turns with
@@ -48,6 +48,8 @@ T = TypeVar("T")
 @dataclass
 class LocalSlot:
     """The adapter that is attached to a base, as it trains: its weights in float32, their gradients and moments.
+
+    A loss is a mean over the rows, or over the tokens that it counts.
 
     Args:
         base: The adapter is attached to its model.
@@ -104,10 +106,12 @@ class LocalSlot:
     # --- verbs --------------------------------------------------------------------------------------------------------
 
     def forward(self, rows: Sequence[EncodedRow]) -> float:
+        """The task's loss over some rows, without gradients and dropout."""
         with evaluating(self.model, None):
             return float(loss_of(self.model, self.task, rows))
 
     def forward_backward(self, rows: Sequence[EncodedRow], loss: Loss | None = None) -> float:
+        """Add the gradients of a loss over some rows. Returns that loss. loss: None: the task's."""
         if not self._added:
             self.optimiser.zero_gradients()
         first, self._added = self._added, self._added + len(rows)
@@ -131,6 +135,12 @@ class LocalSlot:
             raise
 
     def optim_step(self, step: OptimStep) -> float:
+        """One step with the gradients that were added. Returns their norm before clipping.
+
+        Raises:
+            TrainingError: No gradients were added since the last step.
+            LossNotFinite: The norm is NaN or infinite; the weights stay, the gradients are dropped.
+        """
         if not self._added:
             raise TrainingError("no gradients were added since the last step: call forward_backward first")
         self._added = 0
@@ -163,9 +173,11 @@ class LocalSlot:
             )
 
     def save(self, lineage: Lineage | None = None) -> Adapter:
+        """The adapter as it is now, ready for `bundles.save_bundle`."""
         return extract_adapter(self.model, self.base, self.task, lineage or {"steps": self.steps})
 
     def load(self, adapter: Adapter) -> None:
+        """Continue from the tensors of a finished adapter. Raises AdapterError if they do not fit."""
         adapters.start_from(self.model, adapter, torch.Generator().manual_seed(0))
         self.restart(self.optimiser.weights.clone())
 
@@ -175,6 +187,7 @@ class LocalSlot:
         self.scale, self._added = LossScale.of(self.base.dtype), 0
 
     def drop(self) -> None:
+        """Take the adapter off the base."""
         adapters.detach(self.model)
         self.model.eval()
 
@@ -184,7 +197,7 @@ class LocalSlot:
 
 
 class TrainingSlot:
-    """A new adapter on an engine's base. A context manager.
+    """A new adapter on an engine's base. A context manager with the verbs of `LocalSlot`.
 
     It trains a float32 row of its own. `sample` answers with a copy in the base's precision, which the engine serves: a
     step makes the copy stale, the next `sample` makes a new one, and a request keeps the copy that it began with.

@@ -3,7 +3,7 @@
 Importing it loads no torch: each method imports what it needs.
 """
 
-from turret.store import Panel, Question
+from turret.store import Question
 from turret.workspace.core import Workspace
 from turret.workspace.results import Evaluation, Exported, Imported, Merged, Planned, Pushed, RunResult
 
@@ -12,7 +12,6 @@ __all__ = [
     "Exported",
     "Imported",
     "Merged",
-    "Panel",
     "Planned",
     "Pushed",
     "Question",
