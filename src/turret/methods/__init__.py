@@ -79,16 +79,6 @@ def method_named(kind: Plain) -> type[Method]:
 # The methods that the reference and `turret doctor --base` show: one of each kind, and some of PEFT's.
 
 
-SHOWN: dict[str, Method] = {  # one of each kind, by the name that `turret compare --methods` takes
-    "lora": LoRA(),
-    "prefix": Prefix(),
-    "head": Head(),
-    "full": Full(),
-    "peft:DORA": Peft(peft_type="DORA"),
-    "peft:IA3": Peft(peft_type="IA3"),
-    "peft:VERA": Peft(peft_type="VERA"),
-    "peft:LN_TUNING": Peft(peft_type="LN_TUNING"),
-    "peft:LOHA": Peft(peft_type="LOHA"),
-    "peft:OFT": Peft(peft_type="OFT"),
-    "peft:PROMPT_TUNING": Peft(peft_type="PROMPT_TUNING"),
-}
+_OF_PEFT = ("DORA", "IA3", "VERA", "LN_TUNING", "LOHA", "OFT", "PROMPT_TUNING")
+_NAMES = ("lora", "prefix", "head", "full", *(f"peft:{kind}" for kind in _OF_PEFT))  # as of `compare --methods`
+SHOWN = {name: by_name(name) for name in _NAMES}

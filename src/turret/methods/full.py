@@ -17,6 +17,8 @@ class Full(Method):
     """Full fine-tuning: every weight is trained, on a copy of the base. The usual baseline of a comparison."""
 
     tuner_at: ClassVar[str] = "turret.adapters.tuners.full:FullTuner"
+    trained: ClassVar[str] = "every weight, on a copy"
+    unsharded: ClassVar[str | None] = "trains a copy of every weight"
     every_weight: ClassVar[bool] = True
     shares_base: ClassVar[bool] = False
     not_quantized: ClassVar[str | None] = "trains the weights themselves"
@@ -24,19 +26,11 @@ class Full(Method):
 
     kind: Literal["full"] = "full"
 
-    @property
-    def not_sharded(self) -> str | None:
-        return "trains a copy of every weight"
-
     def refusal(self, operation: Operation, family: Family, generates: bool) -> str | None:
         return UNMIXED if operation == "mix" else None
 
     def why_unanswered(self, family: Family, generates: bool) -> str | None:
         return None  # on a base with its weights
-
-    @property
-    def summary(self) -> str:
-        return "every weight, on a copy"
 
     def rate(self, family_kind: str, large: bool) -> float:
         """1e-4, and 2e-5 for a large base.

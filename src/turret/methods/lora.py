@@ -57,6 +57,7 @@ class LoRA(Method):
 
     tuner_at: ClassVar[str] = "turret.adapters.tuners.lora:LoRATuner"
     title: ClassVar[str] = "LoRA"
+    trained: ClassVar[str] = "low-rank changes of linear layers"
     peft_name: ClassVar[str | None] = "LORA"
     claimed: ClassVar[bool] = True
     low_rate: ClassVar[str | None] = (
@@ -73,10 +74,6 @@ class LoRA(Method):
     use_rslora: bool = False
     lora_plus_ratio: float | None = Field(default=None, gt=0, le=1000)
     init_lora_weights: Annotated[bool | Literal["gaussian", "pissa", "loftq"], BeforeValidator(require_no_data)] = True
-
-    @property
-    def summary(self) -> str:
-        return "low-rank changes of linear layers"
 
     @property
     def scaling(self) -> float:

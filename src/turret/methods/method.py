@@ -116,6 +116,7 @@ class Method(BaseModel):
 
     tuner_at: ClassVar[str] = "turret.adapters.tuners.tuner:Tuner"  # module:class of its tensors
     title: ClassVar[str] = ""  # its kind at the beginning of a sentence; empty: the kind with a capital
+    trained: ClassVar[str] = "only the head"  # what is trained, in the words of a plan
     every_weight: ClassVar[bool] = False  # it trains a copy of every weight of the base
     head_alone: ClassVar[bool] = False  # it trains only the task's head: the baseline of a comparison
     wraps_modules: ClassVar[bool] = False  # PEFT wraps the base's modules: Turret must not replace them
@@ -128,6 +129,7 @@ class Method(BaseModel):
     named_by: ClassVar[str | None] = None  # the setting that `compare --methods` takes after a colon, as in peft:IA3
     named_as: ClassVar[str] = ""  # a description of that setting
     not_quantized: ClassVar[str | None] = None  # why it does not train on a base in 4 bits
+    unsharded: ClassVar[str | None] = None  # why it does not train on a base in parts (`train.shard`)
     low_rate: ClassVar[str | None] = None  # measured: the result with a rate for full fine-tuning
     high_rate: ClassVar[tuple[int, str]] = (20, "is likely to diverge")  # (times the default, what happens from there)
     classify_steps: ClassVar[int] = 250  # steps until the loss of a classifier levels off
@@ -135,8 +137,8 @@ class Method(BaseModel):
 
     @property
     def summary(self) -> str:
-        """What is trained, in the words of a plan."""
-        return "only the head"
+        """`trained`, with what the settings change of it."""
+        return self.trained
 
     def on(self, family_kind: str) -> Self:
         """A copy with the settings filled in that depend on the kind of base."""
@@ -148,8 +150,8 @@ class Method(BaseModel):
 
     @property
     def not_sharded(self) -> str | None:
-        """Why it does not train on a base in parts (`train.shard`); None if it does."""
-        return None
+        """`unsharded`, with what the settings change of it; None: it trains on a base in parts."""
+        return self.unsharded
 
     @property
     def head_lr_ratio(self) -> float | None:

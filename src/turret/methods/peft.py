@@ -64,6 +64,7 @@ class Peft(Method):
     """
 
     tuner_at: ClassVar[str] = "turret.adapters.tuners.peft:PeftTuner"
+    unsharded: ClassVar[str | None] = "is computed by PEFT"
     wraps_modules: ClassVar[bool] = True
     shares_base: ClassVar[bool] = False  # except those in `MIXED`
     open_settings: ClassVar[bool] = True
@@ -86,10 +87,6 @@ class Peft(Method):
     @classmethod
     def _capital(cls, value: str) -> str:
         return value.strip().upper().replace("-", "_")
-
-    @property
-    def not_sharded(self) -> str | None:
-        return "is computed by PEFT"
 
     @property
     def summary(self) -> str:

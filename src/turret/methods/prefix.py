@@ -26,6 +26,7 @@ class Prefix(Method):
     """
 
     tuner_at: ClassVar[str] = "turret.adapters.tuners.prefix:PrefixTuner"
+    trained: ClassVar[str] = "a prefix in every attention layer"
     peft_name: ClassVar[str | None] = "PREFIX_TUNING"
     peft_cannot: ClassVar[Mapping[str, str]] = {  # in PEFT 0.21
         "SEQ_CLS": "PEFT does not run a prefix on a classifier.",
@@ -47,10 +48,6 @@ class Prefix(Method):
     reparametrize: bool | None = None
     encoder_hidden_size: int = Field(default=512, ge=1, le=16384)
     encoder: bool = True
-
-    @property
-    def summary(self) -> str:
-        return "a prefix in every attention layer"
 
     def on(self, family_kind: str) -> Self:
         """A copy with `reparametrize` filled in: off for an encoder, whose prefix does not learn through the MLP."""
