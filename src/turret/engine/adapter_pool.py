@@ -59,31 +59,21 @@ class TensorLayout:
         return {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes, strict=True)}
 
 
-@dataclass(frozen=True, slots=True)
-class FactorPlace:
-    """The first element of a layer's factors: A (R, D_in), followed by B (R, D_out)."""
-
-    layer: int
-    start: int
-    d_in: int
-    d_out: int
-
-
 @dataclass(frozen=True)
 class FactorLayout:
-    """The factors of a LoRA, one layer after another."""
+    """The factors of a LoRA, one layer after another: A (R, D_in), then B (R, D_out)."""
 
     rank: int
-    places: tuple[FactorPlace, ...]
+    layers: tuple[tuple[int, int, int], ...]  # (number, D_in, D_out) of each adapted layer
     offsets: Tensor  # (L, 2) int64: bytes from the start of the buffer to A and to B of each layer, -1 for none
 
     def pairs(self, flat: Tensor) -> dict[int, Pair]:
         """A (R, D_in) and the scaled B (R, D_out) by layer: views of the buffer."""
-        R, pairs = self.rank, {}
-        for place in self.places:
-            middle = place.start + R * place.d_in
-            A = flat[place.start : middle].view(R, place.d_in)
-            pairs[place.layer] = A, flat[middle : middle + R * place.d_out].view(R, place.d_out)
+        R, pairs, start = self.rank, {}, 0
+        for number, d_in, d_out in self.layers:
+            middle, end = start + R * d_in, start + R * (d_in + d_out)
+            pairs[number] = flat[start:middle].view(R, d_in), flat[middle:end].view(R, d_out)
+            start = end
         return pairs
 
 
@@ -158,14 +148,11 @@ def factor_layout(rank: int, layers: tuple[tuple[int, int, int], ...], total: in
         total: Linear layers of the base.
         dtype: Of the buffer.
     """
-    offsets = torch.full((total, 2), -1)
-    ends = accumulate(rank * (d_in + d_out) for _, d_in, d_out in layers)
-    places = tuple(
-        FactorPlace(number, start, *sizes) for start, (number, *sizes) in zip((0, *ends), layers, strict=False)
-    )
-    for place in places:
-        offsets[place.layer] = torch.tensor([place.start, place.start + rank * place.d_in]) * dtype.itemsize
-    return FactorLayout(rank, places, offsets)
+    offsets, start = torch.full((total, 2), -1), 0
+    for number, d_in, d_out in layers:
+        offsets[number] = torch.tensor([start, start + rank * d_in]) * dtype.itemsize
+        start += rank * (d_in + d_out)
+    return FactorLayout(rank, layers, offsets)
 
 
 # --- heads ------------------------------------------------------------------------------------------------------------
@@ -427,7 +414,7 @@ class AdapterPool:
             return len(self.layers)
         if own.layout is None or own.prefix or own.scaled or own.whole:
             return 0
-        return min(self._layer_of.get(place.layer, 0) for place in own.layout.places)
+        return min(self._layer_of.get(number, 0) for number, _, _ in own.layout.layers)
 
     # --- a pass -------------------------------------------------------------------------------------------------------
 
