@@ -21,8 +21,9 @@ import pytest
 
 from turret import bases
 from turret.engine import Engine, Limits, SamplingParams
-from turret.engine.constraint import MOST_BYTES, MOST_DEPTH, Constraint, ConstraintProcess, Refusal
+from turret.engine.constraint import MOST_BYTES, MOST_DEPTH, Constraint, Helper, helper_process, refusal
 from turret.errors import DataError, EngineError, NotFound
+from turret.process import Died
 
 PROMPT = "the film "
 
@@ -322,33 +323,33 @@ def test_without_the_helper_the_same_constraint_ends_the_process(tmp_path) -> No
 
 
 @pytest.fixture
-def helper() -> Iterator[ConstraintProcess]:
-    made = ConstraintProcess(byte_level.tokenizer().backend_tokenizer.to_str(), byte_level.VOCABULARY, [2], seconds=2)
+def helper() -> Iterator[Helper]:
+    made = helper_process(byte_level.tokenizer().backend_tokenizer.to_str(), byte_level.VOCABULARY, [2], seconds=2)
     yield made
     made.close()
 
 
-GOOD = Constraint.choice(["yes", "no"]).grammar
+GOOD: Any = {"grammar": Constraint.choice(["yes", "no"]).grammar}
+COMPILED: Any = {"error": None}
 
 
 @pytest.mark.slow
 def test_a_helper_that_somebody_kills_or_stops_is_replaced(helper) -> None:
-    assert helper.check(GOOD) is None
-    first = helper.helper.process.pid
+    assert helper.ask(GOOD) == COMPILED
+    first = helper.process.pid
     os.kill(first, signal.SIGKILL)
-    assert helper.check(GOOD) is None
-    assert helper.helper.process.pid != first
-    os.kill(helper.helper.process.pid, signal.SIGSTOP)
-    refused = helper.check(GOOD)
-    assert isinstance(refused, Refusal)
-    assert refused.late
-    assert "more than 2 seconds" in refused.why
-    assert helper.check(GOOD) is None
-    assert helper.helper.started == 3
+    assert helper.ask(GOOD) == COMPILED
+    assert helper.process.pid != first
+    os.kill(helper.process.pid, signal.SIGSTOP)
+    answer = helper.ask(GOOD)
+    assert answer == Died(late=True)
+    assert "more than 5 seconds" in refusal(answer)
+    assert helper.ask(GOOD) == COMPILED
+    assert helper.started == 3
 
 
 def test_a_helper_that_is_killed_every_time_is_an_error_of_the_engine(helper) -> None:
-    assert helper.check(GOOD) is None
+    assert helper.ask(GOOD) == COMPILED
     import threading
 
     over = threading.Event()
@@ -356,32 +357,32 @@ def test_a_helper_that_is_killed_every_time_is_an_error_of_the_engine(helper) ->
     def kill() -> None:
         while not over.is_set():
             with contextlib.suppress(AttributeError, ProcessLookupError):
-                os.kill(helper.helper.process.pid, signal.SIGKILL)
+                os.kill(helper.process.pid, signal.SIGKILL)
             time.sleep(0.001)
 
     killer = threading.Thread(target=kill)
     killer.start()
     try:
         with pytest.raises(EngineError, match="a constraint cannot be compiled"):
-            helper.check(GOOD)
+            helper.ask(GOOD)
     finally:
         over.set()
         killer.join()
-    assert helper.check(GOOD) is None
+    assert helper.ask(GOOD) == COMPILED
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_helper_has_a_limit_of_memory_none_of_the_environments_secrets_and_ends_with_its_parent(tmp_path) -> None:
     program = (
         "import sys\n"
-        "from turret.engine.constraint import ConstraintProcess\n"
-        "helper = ConstraintProcess(open(sys.argv[1]).read(), 400, [2])\n"
-        "assert helper.check(sys.argv[2]) is None\n"
-        "print(helper.helper.process.pid, flush=True)\n"
+        "from turret.engine.constraint import helper_process\n"
+        "helper = helper_process(open(sys.argv[1]).read(), 400, [2])\n"
+        "assert helper.ask({'grammar': sys.argv[2]}) == {'error': None}\n"
+        "print(helper.process.pid, flush=True)\n"
         "input()\n"
     )
     (tmp_path / "tokenizer").write_text(byte_level.tokenizer().backend_tokenizer.to_str())
-    command = [sys.executable, "-c", program, str(tmp_path / "tokenizer"), GOOD]
+    command = [sys.executable, "-c", program, str(tmp_path / "tokenizer"), GOOD["grammar"]]
     environment = {**os.environ, "AWS_SECRET_ACCESS_KEY": "hidden"}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as parent:
         of_helper = Path("/proc") / parent.stdout.readline().strip()
@@ -406,9 +407,9 @@ def test_a_constraint_that_was_compiled_before_asks_the_helper_nothing(base) -> 
     constraints.close()  # the helper starts again if it is asked
     for each in many:  # the first one is compiled again, without the helper
         constraints.compile_matcher(each)
-    assert constraints._helper.helper.started == 1
+    assert constraints._helper.started == 1
     constraints.compile_matcher(Constraint.choice(["another", "no"]))
-    assert constraints._helper.helper.started == 2
+    assert constraints._helper.started == 2
     constraints.close()
 
 

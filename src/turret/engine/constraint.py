@@ -263,14 +263,6 @@ def with_stack(size: int, function: Callable[[], T]) -> T:
 _starting = threading.Lock()  # the size is one setting of the whole process
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """Why the engine must not compile a constraint. late: the helper ran out of time, perhaps on a busy machine."""
-
-    why: str
-    late: bool = False
-
-
 class AboutTokens(TypedDict):
     """As of `tokenizer_of`."""
 
@@ -291,41 +283,32 @@ class GrammarReply(TypedDict):
     error: str | None
 
 
-class ConstraintProcess:
-    """The helper process of one tokenizer. It starts with the first constraint. Any thread may call its methods.
+Helper = HelperProcess[GrammarQuestion, GrammarReply]
+
+
+def helper_process(text: str, size: int, eos: Sequence[int], seconds: float = SECONDS) -> Helper:
+    """The helper process of one tokenizer.
 
     Args:
         text, size, eos: As of `tokenizer_of`.
         seconds: For one constraint.
     """
+    return Helper(
+        __name__,
+        {"tokenizer": text, "size": size, "eos": list(eos)},
+        seconds,
+        HELPER_MEMORY,
+        "a constraint cannot be compiled",
+    )
 
-    def __init__(self, text: str, size: int, eos: Sequence[int], seconds: float = SECONDS) -> None:
-        self._seconds = seconds
-        self.helper = HelperProcess[GrammarQuestion, GrammarReply](
-            __name__,
-            {"tokenizer": text, "size": size, "eos": list(eos)},
-            seconds,
-            HELPER_MEMORY,
-            "a constraint cannot be compiled",
-        )
 
-    def check(self, grammar: str) -> Refusal | None:
-        """Compile a grammar in the helper. Returns why the engine must not compile it; None if it may.
-
-        Raises:
-            EngineError: The helper cannot be started, or was killed twice.
-        """
-        answer = self.helper.ask({"grammar": grammar})
-        if not isinstance(answer, Died):
-            return None if answer["error"] is None else Refusal(str(answer["error"]))
-        if answer.late:
-            return Refusal(f"compiling it takes more than {self._seconds:g} seconds: make it smaller", late=True)
-        most = HELPER_MEMORY >> 20
-        return Refusal(f"compiling it takes more stack, or more than {most} MiB: nest it less deeply")
-
-    def close(self) -> None:
-        """End the helper."""
-        self.helper.close()
+def refusal(answer: GrammarReply | Died) -> str | None:
+    """Why the engine must not compile a constraint, by the helper's answer; None if it may."""
+    if not isinstance(answer, Died):
+        return answer["error"]
+    if answer.late:
+        return f"compiling it takes more than {SECONDS:g} seconds: make it smaller"
+    return f"compiling it takes more stack, or more than {HELPER_MEMORY >> 20} MiB: nest it less deeply"
 
 
 # --- in the helper ----------------------------------------------------------------------------------------------------

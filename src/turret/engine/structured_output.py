@@ -2,7 +2,7 @@
 
 A constrained row masks its own scores; it is a row of the mixed pass like any other. Compiling is bounded by the size
 of the constraint and by llguidance's limits, and releases Python's global lock. It happens in a helper process first
-(`ConstraintProcess`).
+(`constraint.helper_process`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,19 @@ import torch
 from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
-from turret.engine.constraint import STACK, Constraint, ConstraintProcess, Refusal, matcher_of, tokenizer_of, with_stack
+from turret.engine.constraint import (
+    STACK,
+    Constraint,
+    Helper,
+    helper_process,
+    matcher_of,
+    refusal,
+    tokenizer_of,
+    with_stack,
+)
 from turret.errors import DataError, one_line
 from turret.ops.core import to_device
+from turret.process import Died
 from turret.transformer import Tokenizer
 
 COMPILED = 64  # constraints that stay compiled
@@ -42,12 +52,11 @@ class Constraints:
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, eos: Sequence[int]) -> None:
         self._tokenizer, self._vocabulary, self._eos = tokenizer, vocabulary, list(eos)
         self._lock = threading.Lock()
-        self._known: OrderedDict[bytes, tuple[LLMatcher, int]] = (
-            OrderedDict()
-        )  # digest -> matcher, bytes of its grammar
-        self._checked: OrderedDict[bytes, tuple[Refusal | None, float]] = OrderedDict()  # digest -> until when
+        # by digest: the matcher and the bytes of its grammar; why it is refused and until when that holds
+        self._known: OrderedDict[bytes, tuple[LLMatcher, int]] = OrderedDict()
+        self._checked: OrderedDict[bytes, tuple[str | None, float]] = OrderedDict()
         self._own: LLTokenizer | None = None
-        self._helper: ConstraintProcess | None = None
+        self._helper: Helper | None = None
 
     def compile_matcher(self, constraint: Constraint) -> LLMatcher:
         """A matcher at its start, for one answer. May take seconds; runs on the caller's thread. Raises DataError."""
@@ -59,7 +68,7 @@ class Constraints:
             tokens, helper = self._open_helper()
         if known is None:
             if (refused := self._checked_by(helper, digest, constraint)) is not None:
-                raise DataError(f"{constraint.what} cannot be used: {_reason(refused.why)}")
+                raise DataError(f"{constraint.what} cannot be used: {_reason(refused)}")
             known = with_stack(STACK, lambda: matcher_of(tokens, constraint.grammar))
             if known.is_error():
                 raise DataError(f"{constraint.what} cannot be used: {_reason(known.get_error())}")
@@ -79,22 +88,22 @@ class Constraints:
             if self._helper is not None:
                 self._helper.close()
 
-    def _checked_by(self, helper: ConstraintProcess, digest: bytes, constraint: Constraint) -> Refusal | None:
+    def _checked_by(self, helper: Helper, digest: bytes, constraint: Constraint) -> str | None:
         """Why the constraint must not be compiled here; None if the helper could compile it, now or before."""
         with self._lock:
             refused, until = self._checked.get(digest, (None, 0.0))
             if time.monotonic() < until:
                 self._checked.move_to_end(digest)
                 return refused
-        refused = helper.check(constraint.grammar)
+        answer = helper.ask({"grammar": constraint.grammar})
+        refused, late = refusal(answer), isinstance(answer, Died) and answer.late
         with self._lock:
-            late = refused is not None and refused.late
             self._checked[digest] = refused, time.monotonic() + (LATE_SECONDS if late else math.inf)
             while len(self._checked) > CHECKED:
                 self._checked.popitem(last=False)
         return refused
 
-    def _open_helper(self) -> tuple[LLTokenizer, ConstraintProcess]:
+    def _open_helper(self) -> tuple[LLTokenizer, Helper]:
         """The tokenizer as llguidance reads it, here and in the helper. Called with the lock."""
         if self._own is None or self._helper is None:
             backend = getattr(self._tokenizer, "backend_tokenizer", None)
@@ -107,7 +116,7 @@ class Constraints:
             except Exception as error:  # Rust's, of any type
                 reason = one_line(str(error), 160)
                 raise DataError(f"structured answers do not work with the tokenizer of this base: {reason}") from None
-            self._helper = ConstraintProcess(text, size, self._eos)
+            self._helper = helper_process(text, size, self._eos)
         return self._own, self._helper
 
     @property
