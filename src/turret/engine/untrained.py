@@ -20,21 +20,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from turret.data import Pair
 from turret.engine.request import Ask, Named
 from turret.engine.sampling_params import SamplingParams
 from turret.errors import BaseModelError, DataError, shown
-from turret.families.family import Family
 from turret.json_types import JsonObject
 from turret.tasks.chat import bare_chat
 from turret.tasks.shapes import Answer
 from turret.tasks.task import Encoded, Task
 from turret.tasks.tokens import Tokens
-from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
+    from turret.bases.base import Base
     from turret.engine.core import Engine
 
 SCALE = 20.0  # of a cosine: 1 / 0.05, as in sentence-transformers' losses and in CLIP before its training
@@ -104,39 +103,6 @@ class Untrained:
         return own if self.label_mass is None else own | {"label_mass": self.label_mass}
 
 
-class ReadBase(Protocol):
-    """What is asked of a base before its engine is."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-    @property
-    def family(self) -> Family: ...
-
-
-class Way(Protocol):
-    """How a base answers a question: what it is asked about a text, and what the answers mean."""
-
-    question: Question
-
-    def first(self) -> Sequence[Ask]:
-        """What is asked once, before any text."""
-        ...
-
-    def about(self, text: str) -> Sequence[Ask]:
-        """What is asked of each text."""
-        ...
-
-    def scores(self, first: Sequence[Answer], answers: Sequence[Answer]) -> list[float]:
-        """The logarithm of each label's probability, up to a constant of an encoder."""
-        ...
-
-    def mass(self, scores: Sequence[float]) -> float | None:
-        """`label_mass`."""
-        ...
-
-
 class ByWords:
     """A decoder. A text that is too long loses its end.
 
@@ -148,7 +114,7 @@ class ByWords:
         DataError: a label is too long for an answer, or the question without a text is too long for a prompt.
     """
 
-    def __init__(self, base: ReadBase, question: Question, task: Task | None, room: int) -> None:
+    def __init__(self, base: Base, question: Question, task: Task | None, room: int) -> None:
         self.question = question
         longest = min(ANSWER_TOKENS, room // 4)
         self._task = task or bare_chat(base.tokenizer, room - longest, longest)
@@ -165,9 +131,11 @@ class ByWords:
                 raise DataError(f"label {shown(label, 40)} has too many tokens for an answer: give a shorter one")
 
     def first(self) -> Sequence[Ask]:
+        """What is asked once, before any text."""
         return ()
 
     def about(self, text: str) -> Sequence[Ask]:
+        """What is asked of each text."""
         return [Ask("generate", self._prompt(text).ids.tolist(), options=SamplingParams(scored=self._targets))]
 
     def _prompt(self, text: str) -> Encoded:
@@ -189,10 +157,12 @@ class ByWords:
         return self._task.encode_sources([self.question.prompt(text)])[0]
 
     def scores(self, first: Sequence[Answer], answers: Sequence[Answer]) -> list[float]:
+        """The logarithm of each label's probability."""
         (own,) = answers
         return [each for each in own["logprobs"] if isinstance(each, int | float)]
 
     def mass(self, scores: Sequence[float]) -> float | None:
+        """`label_mass`."""
         return min(1.0, math.fsum(map(math.exp, scores)))
 
 
@@ -204,7 +174,7 @@ class BySimilarity:
         room: tokens of a text, which loses its end if it is longer.
     """
 
-    def __init__(self, base: ReadBase, question: Question, task: Task | None, room: int) -> None:
+    def __init__(self, base: Base, question: Question, task: Task | None, room: int) -> None:
         self.question, self._task = question, task
         self._tokens, self._room = Tokens(base.tokenizer), room
 
@@ -220,6 +190,7 @@ class BySimilarity:
         return Ask("embed", self._tokens.row(text, self._room))
 
     def scores(self, first: Sequence[Answer], answers: Sequence[Answer]) -> list[float]:
+        """The logarithm of each label's probability, up to a constant."""
         (own,) = answers
         vector = own["embedding"]
         return [SCALE * math.fsum(a * b for a, b in zip(vector, each["embedding"], strict=True)) for each in first]
@@ -228,7 +199,10 @@ class BySimilarity:
         return None
 
 
-def way_of(base: ReadBase, question: Question, task: Task | None = None, *, room: int) -> Way:
+Way = ByWords | BySimilarity  # how a base answers a question: what it is asked, and what the answers mean
+
+
+def way_of(base: Base, question: Question, task: Task | None = None, *, room: int) -> Way:
     """How a base answers a question.
 
     Args:
