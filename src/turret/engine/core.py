@@ -36,6 +36,7 @@ from turret.engine.request import (
     Limits,
     LoadedAdapter,
     Named,
+    PassListener,
     Request,
     Row,
     Stats,
@@ -74,30 +75,17 @@ if TYPE_CHECKING:
 # One forward pass after another: requests become rows, and outputs become tokens and answers.
 
 
-End = Callable[[Request, Done | Failed, int], None]  # the request, its end, and the number of generated tokens
-
-
 class Passes:
     """The requests that generate, and the passes over them.
 
     Args:
         runner: Runs a pass.
         prompts: Decodes tokens.
-        end: Called when a request ends.
-        freed: Called when a request that generates gives its rows and KV slots back.
-        passed: Called after a pass with the requests that began in it, the number of decode rows, and its seconds.
+        listener: Is told what happens.
     """
 
-    def __init__(
-        self,
-        runner: Runner,
-        prompts: Prompts,
-        end: End,
-        freed: Callable[[Request], None],
-        passed: Callable[[Sequence[Request], int, float], None],
-    ) -> None:
-        self._runner, self._prompts = runner, prompts
-        self._end, self._freed, self._passed = end, freed, passed
+    def __init__(self, runner: Runner, prompts: Prompts, listener: PassListener) -> None:
+        self._runner, self._prompts, self._listener = runner, prompts, listener
         self.generating: list[RunningSequence] = []
 
     def drop(self, requests: Container[Request]) -> None:
@@ -130,7 +118,7 @@ class Passes:
         try:
             self.generating += started
             steps = sum(len(sequence.kv_slots) for sequence in running)
-            self._passed(begin, steps, time.monotonic() - began)
+            self._listener.passed(begin, steps, time.monotonic() - began)
             self._read(begin, running, started, outcome)
         except Exception as error:
             self._fail_requests(begin, [*started, *running], error)
@@ -145,9 +133,9 @@ class Passes:
             self._drop(sequence)
         for request in begin:
             if request.rows and request not in dropped:
-                self._freed(request)
+                self._listener.freed(request)
         for request in {**dict.fromkeys(begin), **dict.fromkeys(sequence.request for sequence in sequences)}:
-            self._end(request, Failed(reason), 0)
+            self._listener.ended(request, Failed(reason), 0)
 
     def _run_in_parts(self, begin: Sequence[Request], running: Sequence[RunningSequence]) -> None:
         """Run a pass again after memory ran out: what begins by halves. A single one that does not fit ends."""
@@ -166,8 +154,8 @@ class Passes:
         if not begin:
             self._drop(running[-1])
         elif last.rows:
-            self._freed(last)
-        self._end(last, Failed(reason), 0)
+            self._listener.freed(last)
+        self._listener.ended(last, Failed(reason), 0)
         if self.generating:
             self.run(())
 
@@ -234,9 +222,9 @@ class Passes:
                 answer = loaded.task.answers(logits, () if request.text is None else [request.text])[0]
             if request.options.coverage is not None:
                 answer["label_set"] = loaded.task.label_sets(logits, request.options.coverage)[0]
-            self._end(request, Done({**answer, "prompt_tokens": request.tokens}), 0)
+            self._listener.ended(request, Done({**answer, "prompt_tokens": request.tokens}), 0)
         except Exception as error:
-            self._end(request, Failed(error if isinstance(error, TurretError) else _unexpected_error(error)), 0)
+            self._listener.ended(request, _failed(error), 0)
 
     def _embedding(self, request: Request) -> Embedding:
         """How the text becomes a vector: as the request says, else as the adapter was trained."""
@@ -249,15 +237,15 @@ class Passes:
             if not bool(torch.isfinite(pooled).all()):
                 raise self._not_finite(request, "a vector that is")
             vector = self._embedding(request).vectors(pooled).tolist()
-            self._end(request, Done({"embedding": vector, "prompt_tokens": len(request.ids or ())}), 0)
+            self._listener.ended(request, Done({"embedding": vector, "prompt_tokens": len(request.ids or ())}), 0)
         except Exception as error:
-            self._end(request, Failed(error if isinstance(error, TurretError) else _unexpected_error(error)), 0)
+            self._listener.ended(request, _failed(error), 0)
 
     def _end_scoring(self, request: Request, scores: Sequence[float]) -> None:
         if all(map(math.isfinite, scores)):
-            self._end(request, Done({"logprobs": list(scores), "prompt_tokens": request.tokens}), 0)
+            self._listener.ended(request, Done({"logprobs": list(scores), "prompt_tokens": request.tokens}), 0)
         else:
-            self._end(request, Failed(self._not_finite(request)), 0)
+            self._listener.ended(request, Failed(self._not_finite(request)), 0)
 
     def _take_tokens(self, sequences: Sequence[RunningSequence], scores: torch.Tensor) -> None:
         """Give every sequence its next token or its next beams. scores: (rows of all sequences, V)"""
@@ -306,9 +294,9 @@ class Passes:
                 return
             end: Done | Failed = Done(sequence.answer(self._prompts.decode, self._prompts.token_texts))
         except Exception as error:
-            end = Failed(error if isinstance(error, TurretError) else _unexpected_error(error))
+            end = _failed(error)
         self._drop(sequence)
-        self._end(sequence.request, end, sequence.new)
+        self._listener.ended(sequence.request, end, sequence.new)
 
     def _drop(self, sequence: RunningSequence) -> None:
         """Free the KV slots of a sequence; a second call does nothing."""
@@ -317,7 +305,7 @@ class Passes:
         sequence.close(self._runner.cache)
         if sequence in self.generating:
             self.generating.remove(sequence)
-        self._freed(sequence.request)
+        self._listener.freed(sequence.request)
         if not self.generating:
             self._runner.adapter_pool.free_decoding()
 
@@ -330,10 +318,12 @@ def _slot(request: Request) -> int:
     return request.entry.slot if request.entry is not None else 0
 
 
-def _unexpected_error(error: Exception) -> EngineError:
+def _failed(error: Exception) -> Failed:
+    if isinstance(error, TurretError):
+        return Failed(error)
     log_failure("a request failed", error)
     text = f"the answer failed ({type(error).__name__}: {error}): report it to the operator of this engine"
-    return EngineError(one_line(text))
+    return Failed(EngineError(one_line(text)))
 
 
 # --- core -------------------------------------------------------------------------------------------------------------
@@ -393,12 +383,12 @@ class Engine:
         self._waiting: set[Request] = set()  # not begun
         self._waiting_tokens: Counter[str] = Counter()  # by tenant
         self._counters = Counters(clock)
-        ways = self._end, self._free_request, self._count_pass
+        listener = PassListener(self._end, self._free_request, self._count_pass, self._count_tokens, self._wake)
         self._passes: Passes | VllmPasses
         if isinstance(self._runner, Runner):
-            self._passes = Passes(self._runner, self._prompts, *ways)
+            self._passes = Passes(self._runner, self._prompts, listener)
         else:
-            self._passes = self._runner.passes(self._prompts, *ways, self._count_tokens, self._wake)
+            self._passes = self._runner.passes(self._prompts, listener)
         self._submitting = threading.local()  # the group of a thread
         self._trainings = TrainingTurns(self.limits.train_percent / 100)
         self._retired: set[Named] = set()  # of `hold`, no longer wanted

@@ -476,6 +476,25 @@ class Request:
 
 
 @dataclass(frozen=True)
+class PassListener:
+    """The methods of an engine that its passes call.
+
+    Args:
+        ended: A request has ended; the number is that of its generated tokens.
+        freed: A request that generates gave its rows and KV slots back.
+        passed: A pass is over: the requests that began in it, the number of decode rows, and its seconds.
+        stepped: One row got further tokens; the seconds are those between two of them.
+        wake: The engine's lock, notified when there is something new.
+    """
+
+    ended: Callable[[Request, Done | Failed, int], None]
+    freed: Callable[[Request], None]
+    passed: Callable[[Sequence[Request], int, float], None]
+    stepped: Callable[[int, float], None]
+    wake: threading.Condition
+
+
+@dataclass(frozen=True)
 class LoadedAdapter:
     """One adapter in memory."""
 

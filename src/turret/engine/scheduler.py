@@ -67,7 +67,6 @@ class Scheduler:
     ) -> None:
         self.batch_tokens, self.running, self.cache_tokens = batch_tokens, running, cache_tokens
         self.quantum, self.patience = quantum, patience
-        self.waiting_tokens = 0
         self._rows, self._cache = Places(running), Places(cache_tokens, guests=1)
         self._turns = Turns()
         self._passes = 0  # in which a request began
@@ -101,7 +100,6 @@ class Scheduler:
         flows.setdefault(request.flow, _Flow()).requests.append(request)
         self._turns.join(request.tenant)
         request.joined = self._passes
-        self.waiting_tokens += request.tokens
 
     def remove(self, requests: Iterable[Request]) -> None:
         """Remove requests, waiting or not."""
@@ -190,7 +188,6 @@ class Scheduler:
 
     def _leave_queue(self, request: Request) -> None:
         """Count a request that waits no more, and drop what is empty without it."""
-        self.waiting_tokens -= request.tokens
         tenant = self._tenants.get(request.tenant, {})
         flows = tenant.get(request.priority, {})
         if request.flow in flows and not flows[request.flow].requests:

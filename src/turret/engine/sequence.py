@@ -345,8 +345,8 @@ class Beams:
         k, settings = self._size, self.settings
         scores = torch.log_softmax(logits, dim=-1)
         if not settings.plain:
-            texts = enumerate(self.running[: len(scores)])
-            adjust(scores, {row: (settings, [*self._before, *own], len(own)) for row, own in texts})
+            running = enumerate(self.running[: len(scores)])
+            adjust(scores, {row: (settings, [*self._before, *tokens], len(tokens)) for row, tokens in running})
         scores = scores.expand(k, -1) + to_device(torch.tensor(self._scores), scores.device)[:, None]
         V = scores.shape[1]
         count = max(2, 1 + len(settings.eos)) * k

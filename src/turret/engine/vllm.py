@@ -16,11 +16,10 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Container, Mapping, Sequence
+from collections.abc import AsyncGenerator, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from pathlib import Path
-from threading import Condition
 from typing import TypedDict
 
 import httpx2
@@ -33,7 +32,16 @@ from turret.bundles.gguf_lora import max_lora_rank
 from turret.engine.adapter_pool import AdapterTensors, tensor_layout
 from turret.engine.constraint import WHITE_SPACE
 from turret.engine.input_processor import Prompts
-from turret.engine.request import Done, Failed, GenerationSettings, Limits, Request, VllmServer, log_failure
+from turret.engine.request import (
+    Done,
+    Failed,
+    GenerationSettings,
+    Limits,
+    PassListener,
+    Request,
+    VllmServer,
+    log_failure,
+)
 from turret.engine.sampler import TokenLogprobs
 from turret.engine.sequence import RunningSequence
 from turret.errors import AdapterError, DataError, Draining, EngineError, ServeRefused, TurretError, one_line
@@ -100,17 +108,9 @@ class Vllm:
         """No tokens of a cache of this process: vLLM has its own."""
         return {}
 
-    def passes(
-        self,
-        prompts: Prompts,
-        end: Callable[[Request, Done | Failed, int], None],
-        freed: Callable[[Request], None],
-        passed: Callable[[Sequence[Request], int, float], None],
-        stepped: Callable[[int, float], None],
-        wake: Condition,
-    ) -> VllmPasses:
+    def passes(self, prompts: Prompts, listener: PassListener) -> VllmPasses:
         """What starts requests here. See `Passes`."""
-        self._passes = VllmPasses(self, prompts, end, freed, passed, stepped, wake)
+        self._passes = VllmPasses(self, prompts, listener)
         return self._passes
 
     def close(self) -> None:
@@ -249,25 +249,10 @@ class VllmAdapters:
 
 
 class VllmPasses:
-    """The requests that vLLM answers now. As `Passes`, but `run` only starts them; their tokens come on a thread.
+    """The requests that vLLM answers now. As `Passes`, but `run` only starts them; their tokens come on a thread."""
 
-    Args:
-        stepped: Called with further tokens of one row, and the seconds between two of them.
-        wake: The engine's lock, notified when there is something new.
-    """
-
-    def __init__(
-        self,
-        vllm: Vllm,
-        prompts: Prompts,
-        end: Callable[[Request, Done | Failed, int], None],
-        freed: Callable[[Request], None],
-        passed: Callable[[Sequence[Request], int, float], None],
-        stepped: Callable[[int, float], None],
-        wake: Condition,
-    ) -> None:
-        self._vllm, self._prompts, self._wake = vllm, prompts, wake
-        self._end, self._freed, self._passed, self._stepped = end, freed, passed, stepped
+    def __init__(self, vllm: Vllm, prompts: Prompts, listener: PassListener) -> None:
+        self._vllm, self._prompts, self._listener = vllm, prompts, listener
         self._running: dict[RunningSequence, asyncio.Task[None]] = {}
         self._salts: dict[str, str] = {}  # by tenant: no tenant sees in the time of an answer what another one asked
         self._loop = asyncio.new_event_loop()
@@ -290,8 +275,8 @@ class VllmPasses:
         for request in begin:
             self._start(request)
         if not begin:
-            with self._wake:
-                self._wake.wait(IDLE_SECONDS)
+            with self._listener.wake:
+                self._listener.wake.wait(IDLE_SECONDS)
 
     def drop(self, requests: Container[Request]) -> None:
         """End these requests in vLLM, if they run there. Their tickets stay open."""
@@ -317,8 +302,8 @@ class VllmPasses:
             body = self._body(request)
         except TurretError as error:
             if request.rows:
-                self._freed(request)
-            self._end(request, Failed(error), 0)
+                self._listener.freed(request)
+            self._listener.ended(request, Failed(error), 0)
             return
         assert request.settings is not None
         sequence = RunningSequence(request, request.settings, 0, None, self._prompts.before(request))
@@ -386,7 +371,7 @@ class VllmPasses:
                 EngineError(one_line(f"the answer of vLLM failed ({type(error).__name__}: {error}): ask again"))
             )
         if self._forget(sequence):
-            self._end(sequence.request, end, sequence.new)
+            self._listener.ended(sequence.request, end, sequence.new)
 
     async def _generate(self, sequence: RunningSequence, body: Mapping[str, Plain]) -> None:
         """Take the tokens of vLLM until the answer ends. An adapter that vLLM has lost is loaded again, once."""
@@ -432,17 +417,17 @@ class VllmPasses:
         if sequence.reason is None and choice.get("finish_reason"):
             sequence.reason = "length" if choice["finish_reason"] == "length" else "stop"
         if first and (tokens or sequence.reason is not None):
-            self._passed([request], 0, now - since)
+            self._listener.passed([request], 0, now - since)
         elif tokens:
-            self._stepped(len(tokens), (now - since) / len(tokens))
+            self._listener.stepped(len(tokens), (now - since) / len(tokens))
         return now
 
     def _forget(self, sequence: RunningSequence) -> bool:
         """Give back what a request holds; False if that is done."""
-        with self._wake:
+        with self._listener.wake:
             if self._running.pop(sequence, None) is None:
                 return False
-        self._freed(sequence.request)
+        self._listener.freed(sequence.request)
         return True
 
 

@@ -44,11 +44,6 @@ def kind_of(model_type: str) -> Kind | None:
     return None
 
 
-def name_of(model: Model) -> str:
-    """The name of the model's architecture."""
-    return model.config.model_type
-
-
 def stand_in(model_type: str, kind: Kind) -> Family:
     """A provisional family of an architecture, for loading its model."""
     return Family(
