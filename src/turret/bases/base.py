@@ -484,7 +484,7 @@ def recognise_family(model: Model, kind: Kind) -> tuple[Family, float]:
         del FAMILIES[family.name]
     reason = why if best == float("inf") else f"its outputs differ by {100 * best:.2g}% of the largest at best"
     raise UnknownFamily(
-        f"architecture {model.config.model_type!r} is not listed and cannot be served by the plain hooks: {reason}; "
+        f"architecture {generic.name_of(model)!r} is not listed and cannot be served by the plain hooks: {reason}; "
         "use a base of a listed family"
     )
 

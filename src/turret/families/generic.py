@@ -20,13 +20,7 @@ if TYPE_CHECKING:
 Classify = Callable[[HeadParts, "Tensor"], "Tensor"]
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # transformers' table of attention functions
 QUERY_VALUE = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "query_proj", "value_proj", "q", "v")
-HEADS = (
-    "classifier",
-    "score",
-    "pooler",
-    "head",
-    "pre_classifier",
-)  # common names of the modules of a classification head
+HEADS = ("classifier", "score", "pooler", "head", "pre_classifier")  # common names of the modules of a head
 FUSED = ("qkv_proj", "Wqkv", "query_key_value", "c_attn", "in_proj", "qkv")
 
 
@@ -42,6 +36,11 @@ def kind_of(model_type: str) -> Kind | None:
     if model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "decoder"
     return None
+
+
+def name_of(model: Model) -> str:
+    """The name of the model's architecture."""
+    return model.config.model_type
 
 
 def stand_in(model_type: str, kind: Kind) -> Family:
