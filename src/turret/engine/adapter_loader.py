@@ -14,19 +14,20 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Condition
-from typing import Protocol, TypeAlias
-
-import torch
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from turret.adapters.adapter import Adapter
-from turret.engine.adapter_pool import AdapterTensors
+from turret.engine.adapter_pool import AdapterPool, AdapterTensors
 from turret.engine.request import LoadedAdapter, Named, Request
 from turret.engine.slots import Entry, Slots
 from turret.errors import AdapterError, NoRoom, NotFound, TurretError
 from turret.ops.core import use_device
-from turret.tasks.task import Task, task_from_spec
+from turret.tasks.task import task_from_spec
 from turret.transformer import Tokenizer
 from turret.turns import Places, TurnQueue
+
+if TYPE_CHECKING:
+    from turret.engine.vllm import VllmAdapters
 
 # --- adapter source ---------------------------------------------------------------------------------------------------
 # The interface that the engine loads adapters through.
@@ -75,25 +76,6 @@ TASKS = 64  # most task objects kept; adapters with equal tasks share one
 SLOT_PATIENCE = 1.0  # seconds; a need that waited longer for a slot goes before needs whose adapter is mounted
 
 
-class AdapterMemory(Protocol):
-    """Where the adapters of an engine are: an `AdapterPool`, or the memory of a vLLM server."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def prepare(self, adapter: Adapter, digest: str, task: Task, /) -> AdapterTensors:
-        """The adapter, ready to be mounted. May take long; changes nothing that a pass reads."""
-
-    def mount(self, slot: int, loaded: AdapterTensors) -> None:
-        """Let rows of a slot take the adapter."""
-
-    def unmount(self, slot: int) -> None:
-        """Free a slot."""
-
-    def at(self, slot: int) -> AdapterTensors | None:
-        """The adapter in a slot."""
-
-
 @dataclass(eq=False)
 class Warm:
     """A call of `Engine.warm`."""
@@ -134,7 +116,7 @@ class AdapterLoader:
 
     def __init__(
         self,
-        adapter_pool: AdapterMemory,
+        adapter_pool: AdapterPool | VllmAdapters,
         slots: Slots,
         source: AdapterSource,
         tokenizer: Tokenizer,
@@ -349,28 +331,25 @@ class AdapterLoader:
     def _mount(
         self, loading: _Loading, ready: list[tuple[Need, AdapterTensors]], failed: list[tuple[Need, TurretError]]
     ) -> None:
-        entry, loaded, error = loading.entry, loading.loaded, loading.error
+        entry, loaded = loading.entry, loading.loaded
         del self._loading[entry.digest]
-        evicted: list[Entry] | None = []
-        if loaded is not None:
-            evicted = self._slots.set_size(entry, loaded.bytes)
-            if evicted is None:  # adapters in use leave too little for more than was reserved: the needs wait again
-                self._sizes.pop(loading.named.key, None)
-                self._sizes[loading.named.key] = loaded.bytes
-                for key in list(self._sizes)[:-SIZES]:
-                    del self._sizes[key]
-                for need in loading.needs:
-                    need.entry = None
-                self._waiting.extendleft(reversed(loading.needs))
-                return
-        else:
+        if loaded is None:
+            assert loading.error is not None
             self._slots.close(entry)
-        if error is not None or loaded is None or evicted is None:
-            assert error is not None
             self.failed_loads += 1
             for need in loading.needs:
                 need.entry = None
-                failed.append((need, error))
+                failed.append((need, loading.error))
+            return
+        evicted = self._slots.set_size(entry, loaded.bytes)
+        if evicted is None:  # adapters in use leave too little for more than was reserved: the needs wait again
+            self._sizes.pop(loading.named.key, None)
+            self._sizes[loading.named.key] = loaded.bytes
+            for key in list(self._sizes)[:-SIZES]:
+                del self._sizes[key]
+            for need in loading.needs:
+                need.entry = None
+            self._waiting.extendleft(reversed(loading.needs))
             return
         for each in evicted:
             self._pool.unmount(each.slot)

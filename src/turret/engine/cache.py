@@ -133,12 +133,6 @@ class KeyValueCache:
         return sum(len(block.kv_slots) for block in self._blocks.values())
 
     @property
-    def bytes(self) -> int:
-        """Bytes of all tensors, in use or not."""
-        every = [each for block in self._blocks.values() for layers in block.stored.values() for each in layers]
-        return sum(each.numel() * each.element_size() for each in every)
-
-    @property
     def token_bytes(self) -> int:
         """Of the keys and values of one token in all layers."""
         every = [site for sites in self._sites.values() for site in sites]

@@ -71,14 +71,6 @@ class Entry:
         return self.ready and not self.holds and not self.pinned
 
 
-def _nothing() -> None:
-    pass
-
-
-def _no_entry(entry: Entry) -> None:
-    pass
-
-
 class Slots:
     """`count` slots, numbered from 1, with at most `memory` bytes in them; None for no limit.
 
@@ -93,8 +85,8 @@ class Slots:
         self.budget = memory if isinstance(memory, MemoryBudget) else MemoryBudget(memory)
         self.bytes = 0
         self.evictions = 0
-        self.on_taken: Callable[[Entry], None] = _no_entry
-        self.on_room: Callable[[], None] = _nothing
+        self.on_taken: Callable[[Entry], None] = lambda entry: None
+        self.on_room: Callable[[], None] = lambda: None
         self.wait = math.inf
         self._entries: dict[str, Entry] = {}
         self._free = list(range(count, 0, -1))
