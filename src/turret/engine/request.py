@@ -162,9 +162,7 @@ class Limits:
     memory: int | MemoryBudget | None = None  # bytes of mounted adapters; None: only `slots` limits them
     slots: int = 1024  # adapters mounted at a time
     queue_tokens: int = 65_536  # tokens that wait; `submit` raises Busy above it, and above the share of a tenant
-    queue_seconds: int = (
-        120  # that a request may wait, as predicted when it is submitted; `submit` raises Busy above it
-    )
+    queue_seconds: int = 120  # that a request may wait, as predicted by `submit`, which raises Busy above it
     batch_tokens: int | None = None  # of one pass; None: chosen for the base (`runner.pass_tokens`)
     running: int = 64  # rows that generate at a time; a beam is a row; tenants that hold few find an eighth more
     cache_tokens: int = 65_536  # tokens in the KV cache; tenants that hold few find an eighth more

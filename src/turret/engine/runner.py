@@ -193,9 +193,8 @@ class Runner:
         ]
         try:
             while waiting:
-                count = (
-                    sum(1 for total in accumulate(len(node.ids) for node, _ in waiting) if total <= PROMPT_PASS) or 1
-                )
+                totals = accumulate(len(node.ids) for node, _ in waiting)
+                count = max(1, sum(total <= PROMPT_PASS for total in totals))
                 part = sorted(waiting[:count], key=lambda each: slots[each[0].rows[0]])
                 reads = [self._node(node, slots[node.rows[0]], source, opened) for node, source in part]
                 hidden = self._body(reads, []).hidden

@@ -61,11 +61,6 @@ def logit_offsets(settings: GenerationSettings, counted: Sequence[int], new: int
     return found
 
 
-def hides_eos(settings: GenerationSettings, counted: int, new: int) -> bool:
-    """Whether the answer is too short to end. counted: tokens that penalties count; new: tokens of the answer."""
-    return counted < settings.min_length or new < settings.min_new_tokens
-
-
 def forced_tokens(settings: GenerationSettings, new: int) -> tuple[int, ...]:
     """The only tokens that may come next; empty if any may. new: tokens of the answer so far."""
     if settings.forced_eos and new == settings.max_tokens - 1:
@@ -112,7 +107,7 @@ def adjust(scores: Tensor, rows: Mapping[int, Counted]) -> None:
         amounts += given.values()
         if settings.no_repeat_ngram_size:
             hidden += [(number, token) for token in would_repeat(counted, settings.no_repeat_ngram_size)]
-        if hides_eos(settings, len(counted), new):
+        if len(counted) < settings.min_length or new < settings.min_new_tokens:  # too short to end
             hidden += [(number, token) for token in settings.eos]
         forced += [(number, token) for token in forced_tokens(settings, new)]
     if not seen and not raised and not hidden and not forced:
@@ -255,7 +250,7 @@ def resolve_settings(
     penalty = options.repetition_penalty
     return replace(
         own,
-        max_tokens=_most_tokens(options, most, room),
+        max_tokens=min(most, room) if options.max_tokens is None else options.max_tokens,
         eos=eos,
         temperature=options.effective_temperature,
         top_k=options.top_k,
@@ -272,10 +267,6 @@ def resolve_settings(
         strip=options.strip,
         echo=options.echo,
     )
-
-
-def _most_tokens(options: SamplingParams, own: int, room: int) -> int:
-    return min(own, room) if options.max_tokens is None else options.max_tokens
 
 
 def choose(scores: Tensor, rows: Sequence[Row], guides: Mapping[int, Guide] | None = None) -> list[int | None]:

@@ -187,7 +187,7 @@ class Scheduler:
         return self._tenants[request.tenant][request.priority][request.flow]
 
     def _leave_queue(self, request: Request) -> None:
-        """Count a request that waits no more, and drop what is empty without it."""
+        """Drop what is empty without a request that waits no more."""
         tenant = self._tenants.get(request.tenant, {})
         flows = tenant.get(request.priority, {})
         if request.flow in flows and not flows[request.flow].requests:
