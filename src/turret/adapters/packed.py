@@ -120,12 +120,7 @@ def pooled_states(
 
 
 def target_logits(
-    model: Model,
-    sources: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    slots: Sequence[int] | None = None,
-    *,
-    earlier: Sequence[Tensor | None] | None = None,
+    model: Model, sources: Sequence[Tensor], targets: Sequence[Tensor], slots: Sequence[int] | None = None
 ) -> Tensor:
     """Logits that predict every target token, row after row.
 
@@ -137,18 +132,14 @@ def target_logits(
         sources: B rows of token ids, each (S_i,) int64.
         targets: B rows of token ids, each (T_i,) int64.
         slots: a slot for each row; None: all rows take the attached adapter.
-        earlier: for each row, positions in its source of K_i further tokens to predict, each (K_i,) int64 and > 0; they
-            come before the row's target tokens. Only a decoder can predict them.
 
     Returns:
-        (sum of K_i + T_i, V).
+        (sum of T_i, V).
     """
     of_token = None
     if slots is not None:
-        more = [0 if places is None else len(places) for places in earlier or [None] * len(slots)]
-        counts = [count + len(row) for count, row in zip(more, targets, strict=True)]
-        of_token = [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
-    return vocabulary_logits(model, target_states(model, sources, targets, slots, earlier=earlier), of_token)
+        of_token = [slot for slot, row in zip(slots, targets, strict=True) for _ in range(len(row))]
+    return vocabulary_logits(model, target_states(model, sources, targets, slots), of_token)
 
 
 def target_states(
@@ -159,7 +150,16 @@ def target_states(
     *,
     earlier: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    """The hidden states from which the output layer computes those logits: (sum of K_i + T_i, D)."""
+    """The hidden states from which the output layer computes those logits, and more of a source's tokens.
+
+    Args:
+        model, sources, targets, slots: as of `target_logits`.
+        earlier: for each row, positions in its source of K_i further tokens to predict, each (K_i,) int64 and > 0; they
+            come before the row's target tokens. Only a decoder can predict them.
+
+    Returns:
+        (sum of K_i + T_i, D).
+    """
     attached = attachment(model)
     more = [None] * len(sources) if earlier is None else earlier
     if attached.family.is_encoder_decoder:
