@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 from turret.errors import EngineError
 from turret.json_types import Plain
@@ -182,6 +182,25 @@ def _container_room() -> int | None:
 
 def _glibc(name: str) -> Callable[..., int] | None:
     return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
+
+
+# --- block ------------------------------------------------------------------------------------------------------------
+
+
+class Closing:
+    """A context manager whose block ends with `close`."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what was begun."""
+        raise NotImplementedError
 
 
 # --- process ----------------------------------------------------------------------------------------------------------

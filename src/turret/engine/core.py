@@ -14,7 +14,6 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -333,7 +332,7 @@ T = TypeVar("T")
 VLLM_TOKENS = 65_536  # of prompts that begin at once, if vLLM computes: it divides them into passes itself
 
 
-class Engine:
+class Engine(process.Closing):
     """One base in memory that answers with any number of adapters. A context manager.
 
     The engine owns the base's model while it is open: it attaches hooks, and `close` removes them.
@@ -708,14 +707,6 @@ class Engine:
             self._runner.close()
             self._prompts.constraints.close()
 
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
     # --- requests coming in -------------------------------------------------------------------------------------------
 
     def _check_queue(self, request: Request) -> None:
@@ -876,8 +867,7 @@ class Engine:
             return not self._closing and self._trainings.owes and self._answers_wait()
 
     def _has_work(self) -> bool:
-        waits = self._passes.generating or len(self._scheduler) or self._loader.pending or self._cancelled
-        return bool(waits or self._soonest() <= self._clock())
+        return self._answers_wait() or self._cancelled or self._soonest() <= self._clock()
 
     def _soonest(self) -> float:
         return min((each.deadline for each in self._open if each.deadline is not None), default=math.inf)

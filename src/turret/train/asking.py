@@ -7,7 +7,6 @@ those of transformers' `generate`, and `Asking.why_plain` says why.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from turret.engine.sampling_params import SamplingParams
 from turret.errors import AdapterError, BaseModelError
 from turret.families.family import Pooling
 from turret.methods import Head
+from turret.process import Closing
 from turret.tasks import Embedding, Task
 from turret.tasks.shapes import Answer, Generation, Metrics, number_of
 from turret.tasks.task import RequestKind
@@ -45,7 +45,7 @@ PASS_TOKENS = 2048  # of any other pass: nobody waits for a short one here
 UNLIMITED = 1 << 40  # a limit of the engine that is not wanted here
 
 
-class Asking:
+class Asking(Closing):
     """An adapter on its base, or the base alone, that answers. A context manager.
 
     The engine starts with the first question and ends with `close`. Only one thread asks.
@@ -233,14 +233,6 @@ class Asking:
         if self._engine is not None:
             self._engine.close()
             self._engine, self._held = None, []
-
-    def __enter__(self) -> Asking:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     # --- the engine ---------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 
 from turret import bases
 from turret.adapters import Adapter, StoredAdapter, require_base
@@ -15,6 +14,7 @@ from turret.engine.core import Engine
 from turret.engine.untrained import Question, Untrained
 from turret.errors import AdapterError, BadReference, DataError, NotFound
 from turret.json_types import JsonMapping
+from turret.process import Closing
 from turret.reference import Reference
 from turret.store import Store, Version, promises
 from turret.store.promises import Promise
@@ -22,7 +22,6 @@ from turret.tasks import Task, stored_task, task_from_spec
 from turret.tasks.calibration import Calibration, require
 from turret.tasks.shapes import Answer
 from turret.train.asking import Asking
-from turret.transformer import Model
 from turret.workspace.progress import Say, silent
 from turret.workspace.resident import ALONE, OwnProcess, load_base, read_adapter
 
@@ -86,12 +85,11 @@ def ranked_labels(answer: Answer) -> list[tuple[str, float]]:
 
 
 @dataclass(frozen=True)
-class Mounted:
+class Mounted(Closing):
     """A stored version on its base, or the base alone, ready to be asked. A context manager, which ends its engine."""
 
     version: Version | None  # None: the base alone
     asking: Asking
-    notes: tuple[str, ...] = ()  # of the base that was loaded
     promise: Promise | None = None  # of the version
 
     def with_abstain(self, answer: Answer) -> Answer:
@@ -105,17 +103,8 @@ class Mounted:
         """How it reads and answers texts."""
         return self.asking.task
 
-    @property
-    def model(self) -> Model:
-        """With the adapter, for passes that the engine does not make."""
-        return self.asking.model
-
-    def __enter__(self) -> Mounted:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End its engine."""
         self.asking.close()
 
 
@@ -150,7 +139,7 @@ def mount_version(
         base = dataclasses.replace(base, reference=_compared_with(store, version, adapter))
     with store.database().reading() as connection:
         promise = promises.of_digest(connection, version.digest)
-    return Mounted(version, Asking(base, adapter, task_from_spec(adapter.task, base.tokenizer)), base.notes, promise)
+    return Mounted(version, Asking(base, adapter, task_from_spec(adapter.task, base.tokenizer)), promise)
 
 
 def _compared_with(store: Store, version: Version, adapter: Adapter) -> StoredAdapter | None:

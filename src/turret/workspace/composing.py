@@ -223,7 +223,7 @@ def _measure(
         asking = Asking(base, own, task_from_spec((own or adapter).task, base.tokenizer))
         files.require()
         say(f"asking {spec}")
-        with Mounted(None, asking, base.notes) as mounted:
+        with Mounted(None, asking) as mounted:
             found = measure.measure_answers(mounted, examples, say, bare=own is None)
         weights = _weights(own)
         files.write(

@@ -55,7 +55,7 @@ def evaluate(
         started = time.perf_counter()
         found = answer_split(ready.task, ready.asking, labelled.examples)
         details = found.details(ready.task, labelled.places)
-        notes = [note for note in ready.notes if note.startswith("computes on ")]
+        notes = [note for note in ready.asking.base.notes if note.startswith("computes on ")]
         notes += ready.asking.notes
         seconds = time.perf_counter() - started
         notes += trained_on_note(store, ready.version, labelled.examples)

@@ -377,7 +377,7 @@ def _forgetting(ready: answering.Mounted) -> dict[str, float] | None:
     """
     if ready.asking.base.model.get_output_embeddings() is None:
         return None
-    found = on_neutral_texts(ready.model, ready.task.tokenizer)
+    found = on_neutral_texts(ready.asking.model, ready.task.tokenizer)
     return {"loss": found.loss, "base_loss": found.base_loss, "low": found.low, "high": found.high}
 
 

@@ -200,7 +200,7 @@ def suggest(
             say(f"choosing {most} of the {len(unsure)} rows that it is least sure of")
             vectors = ready.asking.embeddings([each.ids for each in unsure]).numpy()
             unsure = [unsure[place] for place in spread_rows(vectors, [each.margin for each in unsure], most)]
-        notes = [note for note in ready.notes if note.startswith("computes on ")] + ready.asking.notes
+        notes = [note for note in ready.asking.base.notes if note.startswith("computes on ")] + ready.asking.notes
     return Suggested(
         version=str(version),
         rows=counts["rows"],

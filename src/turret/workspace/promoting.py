@@ -149,11 +149,11 @@ class _Replayer:
             self._store, str(version), self._say, self._device
         )
         self._say("measuring forgetting")
-        neutral = forgetting.on_neutral_texts(ready.model, ready.task.tokenizer)
+        neutral = forgetting.on_neutral_texts(ready.asking.model, ready.task.tokenizer)
         found = forgetting.metrics_of(neutral)
         if on_tasks:
             found = forgetting.on_other_tasks(
-                self._store, version, ready.model, ready.task.tokenizer, neutral, self._say
+                self._store, version, ready.asking.model, ready.task.tokenizer, neutral, self._say
             )
         self._store.keep_metrics(version, FORGETTING, found)
 
