@@ -63,7 +63,7 @@ def create(
             if question not in names:
                 raise BadArgument(f"--{key} {question}=…: no --ask {question}=REF, which must name the question first")
     thresholds = {
-        question: options.number("threshold", text, "a number such as 0.9")
+        question: options.number(f"threshold {question}", text, "a number such as 0.9")
         for question, text in more["threshold"].items()
     }
     questions = [

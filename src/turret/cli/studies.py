@@ -80,7 +80,7 @@ def compare(
         )
         return
     recipe = training.recipe(source)
-    workspace, limit = command.workspace, None if budget is None else read_duration(budget)
+    workspace, limit = command.workspace, None if budget is None else read_duration(budget, "--budget")
     shares = options.numbers("fractions", fractions, "numbers such as 0.05,0.25,1")
     rate = lr if lr in (None, "auto") else options.number("lr", lr, "a number or auto")
     design: JsonObject = {"methods": methods, "seeds": seeds, "fractions": shares, "lr": rate}
@@ -262,7 +262,7 @@ def sweep(
             options.overrides(sets),
             trials=trials,
             at_once=at_once,
-            budget=None if budget is None else read_duration(budget),
+            budget=None if budget is None else read_duration(budget, "--budget"),
             on=on,
             on_stage=on_training(show),
         )

@@ -230,12 +230,12 @@ def check_missing(share: float) -> float:
     return float(share)
 
 
-def read_duration(text: str) -> float:
-    """Parse `90`, `90s`, `15m`, `1.5h`, `1h30m` or `7d` to seconds; raises BadExperiment."""
+def read_duration(text: str, what: str = "duration") -> float:
+    """Parse `90`, `90s`, `15m`, `1.5h`, `1h30m` or `7d` to seconds; raises BadExperiment. what: for its message."""
     given = "".join(text.lower().split())
     parts = _DURATION.findall(given)
     if not parts or "".join(number + unit for number, unit in parts) != given:
-        raise BadExperiment(f"duration {ascii(text)[:40]}: expected a number with s, m, h or d, such as 30m or 7d")
+        raise BadExperiment(f"{what} {ascii(text)[:40]}: expected a number with s, m, h or d, such as 30m or 7d")
     return sum(float(number) * SECONDS[unit] for number, unit in parts)
 
 
