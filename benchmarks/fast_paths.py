@@ -111,11 +111,10 @@ def _training(
     from turret import adapters, process
     from turret.data.dataset import read_dataset
     from turret.engine import OptimStep
-    from turret.ops.dropout import Draws
     from turret.tasks import make_task, schemas
     from turret.train import filled, splits_of
     from turret.train.loop import TrainingRun
-    from turret.train.step import loss_of, train_step
+    from turret.train.step import loss_of
 
     errand = sides.Errand(
         job=job, side=sides.TURRET, source=_source(job, folder), seed=options.seed, steps=STEPS[job],
@@ -130,10 +129,7 @@ def _training(
     batches = [batch for _, batch in run.remaining()]
 
     def step(batch: Any) -> None:
-        train_step(
-            base.model, task, run.slot.optimiser, batch, OptimStep(LEARNING_RATE, clip=recipe.train.gradient_clip),
-            most_tokens=run.slot.most_tokens, draws=Draws(options.seed, 1),
-        )  # fmt: skip
+        run.slot.train(batch, OptimStep(LEARNING_RATE, clip=recipe.train.gradient_clip))
 
     def block() -> float:
         began = time.perf_counter()

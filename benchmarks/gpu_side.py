@@ -53,12 +53,11 @@ def turret(job: Job) -> tuple[Step, Decode | None]:
     from turret.data import Dataset
     from turret.engine.protocol import OptimStep
     from turret.methods import LoRA
-    from turret.ops.dropout import Draws
     from turret.recipe import Task as TaskSettings
     from turret.tasks import make_task
     from turret.train.adamw import AdamW
     from turret.train.batches import EncodedRow
-    from turret.train.step import train_step
+    from turret.train.slot import LocalSlot
 
     quantization: Any = "nf4" if job["nf4"] else "none"
     base = bases.load(job["base"], task="generate", device=job["device"], quantization=quantization)
@@ -72,14 +71,12 @@ def turret(job: Job) -> tuple[Step, Decode | None]:
         checkpoint_layers(base.model)
     base.model.train()
     optimiser, K = AdamW(adapters.trainable_parameters(base.model)), job["target"]
-    done = [0]
+    slot = LocalSlot(base, task, optimiser, 0, job["pass"])
 
     def step(rows: list[list[int]]) -> float:
-        done[0] += 1
         own: Any = None
         items = [EncodedRow(own, torch.tensor(row[:-K]), torch.tensor(row[-K:])) for row in rows]
-        how, draws = OptimStep(RATE, clip=CLIP), Draws(0, done[0])
-        return train_step(base.model, task, optimiser, items, how, most_tokens=job["pass"], draws=draws)[0]
+        return slot.train(items, OptimStep(RATE, clip=CLIP))[0]
 
     return step, None
 

@@ -23,12 +23,11 @@ from turret.data import Related
 from turret.engine import Embedding, SamplingParams
 from turret.errors import AdapterError, BaseModelError, TurretError
 from turret.methods import LoRA
-from turret.ops.dropout import Draws
 from turret.recipe import Recipe
 from turret.tasks import TextEmbedding
 from turret.train.adamw import AdamW
 from turret.train.batches import encode
-from turret.train.step import forward_backward
+from turret.train.slot import LocalSlot
 from turret.workspace import Workspace
 
 WORDS = ("dull boring story", "lazy bank story", "a story", "a quick pleasure", "great film")
@@ -107,11 +106,10 @@ def test_gradients_of_a_batch_in_many_passes_equal_those_of_one_graph_with_the_s
         base.model.train()
         rows = encode(task, examples)
         optimiser = AdamW(adapters.trainable_parameters(base.model))
-        optimiser.zero_gradients()
-        loss = forward_backward(base.model, task, optimiser, rows, most, Draws(0, 1))
+        loss = LocalSlot(base, task, optimiser, 0, most).forward_backward(rows)
         gradients[most] = loss, optimiser.gradients.clone()
-        optimiser.zero_gradients()
-        other = forward_backward(base.model, task, optimiser, rows, most, Draws(0, 2))
+        optimiser.steps += 1
+        other = LocalSlot(base, task, optimiser, 0, most).forward_backward(rows)
         assert other != pytest.approx(loss, rel=1e-6), "the control: dropout is on, and another step draws others"
     scale = float(gradients[100_000][1].abs().max())
     assert scale > 0

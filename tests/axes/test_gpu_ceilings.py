@@ -22,8 +22,8 @@ from turret.engine.sampler import choose
 from turret.engine.sequence import DecodeStep, Prefill
 from turret.errors import AdapterError
 from turret.methods import LoRA
-from turret.ops.dropout import Draws
-from turret.train.step import loss_of, train_step
+from turret.train.slot import LocalSlot
+from turret.train.step import loss_of
 
 ROWS = 32
 SIZES = {"hidden_size": 128, "head_dim": 32}  # heads that a decoding step's program takes
@@ -41,7 +41,7 @@ def step_counts(
         settings = {**FULL, "method.lora_dropout": dropout}
         task, optimiser, items = tiny.started(base, "summarize", **settings)
         gpu.clear()
-        train_step(base.model, task, optimiser, items, OptimStep(1e-3, clip=1.0), most_tokens=1024, draws=Draws(42, 1))
+        LocalSlot(base, task, optimiser, 42, 1024).train(items, OptimStep(1e-3, clip=1.0))
         return Counter(gpu.launches), Counter(gpu.syncs)
 
 
@@ -224,7 +224,7 @@ def test_a_training_step_waits_for_two_numbers_and_copies_what_it_reads() -> Non
         to_gpu(base.model)
         task, optimiser, items = tiny.started(base, "summarize", **FULL)
         gpu.clear()
-        train_step(base.model, task, optimiser, items, OptimStep(1e-3, clip=1.0), most_tokens=1024, draws=Draws(42, 1))
+        LocalSlot(base, task, optimiser, 42, 1024).train(items, OptimStep(1e-3, clip=1.0))
         assert dict(gpu.syncs) == {"a number": 2}, gpu.syncs  # the loss, and the norm of the gradients
         assert sum(gpu.copies.values()) <= 10, gpu.copies
         assert ("MainThread", "cuda:0") in gpu.devices, "programs start on the base's own GPU"

@@ -12,9 +12,9 @@ from batches import without_dropout
 from pretend_gpu import on_cpu, pretend_gpu, to_gpu
 
 from turret.adapters import packed
-from turret.ops.dropout import Draws
 from turret.train import step
 from turret.train.batches import EncodedRow
+from turret.train.slot import LocalSlot
 
 COUNT, V = 320, 128  # target tokens: ten pieces of a CPU
 LORA = {"method": "lora", "method.lora_dropout": 0.0}
@@ -34,7 +34,7 @@ def passed(family: str, on_gpu: bool, dtype: torch.dtype, **settings: Any) -> tu
             to_gpu(base.model)
         task, optimiser, items = tiny.started(base, "summarize", **{**LORA, **settings})
         gpu.clear()
-        loss = step.forward_backward(base.model, task, optimiser, [of(items[0])], 1024, Draws(42, 1))
+        loss = LocalSlot(base, task, optimiser, 42, 1024).forward_backward([of(items[0])])
         return loss, on_cpu(optimiser.gradients).clone(), Counter(gpu.launches)
 
 

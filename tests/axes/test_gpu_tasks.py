@@ -15,13 +15,12 @@ from pretend_gpu import on_cpu, pretend_gpu, to_gpu
 
 from turret import bases
 from turret.data.dataset import read_dataset
-from turret.ops.dropout import Draws
 from turret.recipe import Recipe
 from turret.tasks import TASKS, make_task, task_of
 from turret.tasks.task import schemas
 from turret.train.batches import EncodedRows
 from turret.train.initialize import attach, optimiser_of
-from turret.train.step import forward_backward
+from turret.train.slot import LocalSlot
 
 WORDS = ("dull boring story", "lazy bank story", "a story", "a quick pleasure", "great film")
 
@@ -89,7 +88,7 @@ def stepped(folder: Path, kind: str, dropout: float, on_gpu: bool) -> tuple[floa
             drawn = torch.randn(optimiser.weights.shape, generator=torch.Generator().manual_seed(3))
             optimiser.set_weights(0.1 * drawn)
         items = EncodedRows(task, data.train).take(range(6))
-        loss = forward_backward(base.model, task, optimiser, items, 64, Draws(42, 1))
+        loss = LocalSlot(base, task, optimiser, 42, 64).forward_backward(items)
         return loss, on_cpu(optimiser.gradients).clone()
 
 

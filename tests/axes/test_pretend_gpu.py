@@ -20,9 +20,8 @@ from turret.engine.runner import Runner
 from turret.engine.sequence import DecodeStep, Prefill
 from turret.families import family_named
 from turret.methods import Method, Peft
-from turret.ops.dropout import Draws
 from turret.train.proof import answer
-from turret.train.step import train_step
+from turret.train.slot import LocalSlot
 
 TRAINED = {
     "lora": {"method": "lora", "method.lora_dropout": 0.0},
@@ -71,9 +70,7 @@ def stepped(family: str, method: str, on_gpu: bool, dtype: torch.dtype = torch.f
         kept: list[torch.Tensor] = []
         update = optimiser.step
         optimiser.step = lambda rate: (kept.append(on_cpu(optimiser.gradients).clone()), update(rate))[1]  # type: ignore[method-assign]
-        loss, norm = train_step(
-            base.model, task, optimiser, items, OptimStep(1e-3, clip=0.0), most_tokens=256, draws=Draws(42, 1)
-        )
+        loss, norm = LocalSlot(base, task, optimiser, 42, 256).train(items, OptimStep(1e-3, clip=0.0))
         base.model.eval()
         targets = [] if kind == "classify" else [item.target for item in items[:3]]
         with torch.no_grad():

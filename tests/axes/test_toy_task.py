@@ -21,12 +21,11 @@ from turret.cli.main import run
 from turret.data import Labelled
 from turret.errors import AdapterError, DataError, RecipeError
 from turret.methods import LoRA
-from turret.ops.dropout import Draws
 from turret.recipe import Recipe
 from turret.tasks import TASKS, task_of
 from turret.train.adamw import AdamW
 from turret.train.batches import encode
-from turret.train.step import forward_backward
+from turret.train.slot import LocalSlot
 from turret.workspace import RunResult, Workspace
 
 WORDS = {"1": "dull boring story", "2": "lazy bank story", "3": "a story", "4": "a quick pleasure", "5": "great film"}
@@ -187,9 +186,9 @@ def test_a_loss_over_the_batch_does_not_depend_on_its_pieces_and_compares_its_ro
         rows = encode(task, [Labelled(WORDS[grade], grade) for grade in WORDS])
         optimiser = AdamW(adapters.trainable_parameters(base.model))
         optimiser.zero_gradients()
-        found = forward_backward(base.model, task, optimiser, rows, most, Draws(0, 1))
+        found = LocalSlot(base, task, optimiser, 0, most).forward_backward(rows)
         gradients[most] = found, optimiser.gradients.clone()
-        alone = [forward_backward(base.model, task, optimiser, [row], most, Draws(0, 1)) for row in rows]
+        alone = [LocalSlot(base, task, optimiser, 0, most).forward_backward([row]) for row in rows]
         assert sum(alone) / len(alone) != pytest.approx(found, rel=1e-2), "the control: rows alone have no pairs"
     assert gradients[4096][0] == pytest.approx(gradients[12][0], rel=1e-5)
     scale = float(gradients[4096][1].abs().max())

@@ -11,10 +11,9 @@ from batches import without_dropout
 
 from turret.engine.protocol import OptimStep
 from turret.ops.core import to_device
-from turret.ops.dropout import Draws
 from turret.ops.gpu import ops as gpu_ops
 from turret.ops.gpu.ops import ATTENTION, FEATURES
-from turret.train.step import train_step
+from turret.train.slot import LocalSlot
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -56,9 +55,7 @@ def stepped(fast: bool) -> tuple[float, torch.Tensor]:
         task, optimiser, items = tiny.started(base, "summarize", **settings)
         update = optimiser.step
         optimiser.step = lambda rate: (kept.append(optimiser.gradients.clone()), update(rate))[1]  # type: ignore[method-assign]
-        loss, _ = train_step(
-            base.model, task, optimiser, items, OptimStep(1e-3, clip=0.0), most_tokens=256, draws=Draws(42, 1)
-        )
+        loss, _ = LocalSlot(base, task, optimiser, 42, 256).train(items, OptimStep(1e-3, clip=0.0))
     return loss, kept[0].cpu()
 
 

@@ -30,11 +30,10 @@ from turret.engine.protocol import OptimStep
 from turret.engine.runner import Runner
 from turret.engine.sequence import DecodeStep, Prefill
 from turret.methods import LoRA, Prefix
-from turret.ops.dropout import Draws
 from turret.recipe import Recipe
 from turret.train.memory import Work, predict_on_gpu, refusal
 from turret.train.proof import tolerance
-from turret.train.step import train_step
+from turret.train.slot import LocalSlot
 from turret.workspace import Workspace
 
 pytestmark = pytest.mark.gpu
@@ -142,9 +141,7 @@ def stepped(family: str, method: dict[str, Any], device: torch.device) -> tuple[
     task, optimiser, items = tiny.started(base, kind, **method)
     kept: list[torch.Tensor] = []
     optimiser.step = lambda rate: kept.append(optimiser.gradients.clone())
-    loss, _ = train_step(
-        base.model, task, optimiser, items, OptimStep(1e-3, clip=0.0), most_tokens=256, draws=Draws(42, 1)
-    )
+    loss, _ = LocalSlot(base, task, optimiser, 42, 256).train(items, OptimStep(1e-3, clip=0.0))
     return loss, kept[0]
 
 

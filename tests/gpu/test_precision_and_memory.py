@@ -29,9 +29,8 @@ from turret.cli.main import run
 from turret.engine import SamplingParams
 from turret.engine.protocol import OptimStep
 from turret.methods import LoRA, Prefix
-from turret.ops.dropout import Draws
 from turret.recipe import Recipe
-from turret.train.step import train_step
+from turret.train.slot import LocalSlot
 from turret.workspace import Workspace, answering
 from turret.workspace.resident import predicted_for
 
@@ -89,7 +88,7 @@ def test_checkpointed_layers_have_the_same_gradients(family: str) -> None:
         task, optimiser, items = tiny.started(base, kind, train__checkpoint_layers=checkpointed)
         kept: list[torch.Tensor] = []
         optimiser.step = lambda rate, kept=kept, own=optimiser: kept.append(own.gradients.clone())
-        train_step(base.model, task, optimiser, items, OptimStep(1e-3, clip=0.0), most_tokens=256, draws=Draws(42, 1))
+        LocalSlot(base, task, optimiser, 42, 256).train(items, OptimStep(1e-3, clip=0.0))
         found.append(kept[0])
     near(found[1], found[0], 1e-6)
 

@@ -20,13 +20,13 @@ from turret import adapters
 from turret.data import Preferred, Prompt, Turn
 from turret.errors import AdapterError, DataError
 from turret.methods import Full, LoRA
-from turret.ops.dropout import Draws
 from turret.recipe import Recipe, Task
 from turret.tasks import Preference, make_task, task_from_spec
 from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRows, encode
 from turret.train.evaluation import evaluate
-from turret.train.step import compare_answers, forward_backward, loss_of, mount_reference, still
+from turret.train.slot import LocalSlot
+from turret.train.step import compare_answers, loss_of, mount_reference, still
 from turret.workspace import Workspace
 
 ROWS = [
@@ -242,10 +242,10 @@ def test_the_first_loss_is_ln_2_and_steps_prefer_the_chosen_answers() -> None:
     before = evaluate(base.model, task, ROWS)
     from turret.engine.protocol import OptimStep
 
-    for step in range(1, 21):
-        optimiser.zero_gradients()
-        losses.append(forward_backward(base.model, task, optimiser, rows, 4096, Draws(0, step)))
-        optimiser.step(OptimStep(1e-2))
+    slot = LocalSlot(base, task, optimiser, 0, 4096)
+    for _ in range(20):
+        losses.append(slot.forward_backward(rows))
+        slot.optim_step(OptimStep(1e-2, clip=None))
     assert base.model.training
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses[-1] < 0.1
@@ -260,8 +260,8 @@ def test_dividing_a_batch_changes_nothing_and_there_is_no_dropout() -> None:
     for most, step in ((4096, 1), (20, 1), (4096, 2)):
         base = attached(dropout=0.5)
         task, optimiser = task_on(base), AdamW(adapters.trainable_parameters(base.model))
-        optimiser.zero_gradients()
-        forward_backward(base.model, task, optimiser, encode(task, ROWS), most, Draws(0, step))
+        optimiser.steps = step - 1
+        LocalSlot(base, task, optimiser, 0, most).forward_backward(encode(task, ROWS))
         gradients.append(optimiser.gradients.clone())
     scale = float(gradients[0].abs().max())
     assert torch.allclose(gradients[0], gradients[1], atol=1e-5 * scale)

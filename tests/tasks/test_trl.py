@@ -19,13 +19,13 @@ from turret import adapters, bases, bundles
 from turret.data import Preferred, Turn
 from turret.engine.protocol import OptimStep
 from turret.methods import LoRA
-from turret.ops.dropout import Draws
 from turret.recipe import Task
 from turret.tasks import make_task
 from turret.train.adamw import AdamW
 from turret.train.batches import encode
 from turret.train.initialize import extract_adapter
-from turret.train.step import forward_backward, mount_reference
+from turret.train.slot import LocalSlot
+from turret.train.step import mount_reference
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install --no-deps trl")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
@@ -75,12 +75,12 @@ def turrets(objective: str, folder: Path, *, referred: bool = False, from_refere
     mount_reference(base, base.model)
     bundles.save_bundle(extract_adapter(base.model, base, task, {}), folder)
     base.model.train()
-    optimiser, losses = AdamW(adapters.trainable_parameters(base.model)), []
+    slot = LocalSlot(base, task, AdamW(adapters.trainable_parameters(base.model)), 0, 4096)
+    losses = []
     for step in range(STEPS):
-        optimiser.zero_gradients()
         rows = encode(task, ROWS[step * BATCH : (step + 1) * BATCH])
-        losses.append(forward_backward(base.model, task, optimiser, rows, 4096, Draws(0, step + 1)))
-        optimiser.step(OptimStep(RATE))
+        losses.append(slot.forward_backward(rows))
+        slot.optim_step(OptimStep(RATE, clip=None))
     return losses
 
 

@@ -26,7 +26,7 @@ from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRows
 from turret.train.distributed import Processes
 from turret.train.initialize import attach
-from turret.train.step import train_step
+from turret.train.slot import LocalSlot
 
 pytestmark = pytest.mark.slow  # real trainings
 
@@ -104,8 +104,7 @@ def test_the_shares_of_a_batch_add_up_to_it_and_one_alone_does_not(kind: Any, co
     parts = []
     for here in (Deaf(0, 1), Deaf(0, 2), Deaf(1, 2)):
         start = optimiser.weights.clone()
-        how = OptimStep(0.0, clip=None)
-        train_step(on.model, task, optimiser, batch, how, most_tokens=30, draws=Draws(42, 1), processes=here)
+        LocalSlot(on, task, optimiser, 42, 30, here).train(batch, OptimStep(0.0, clip=None))
         optimiser.set_weights(start)
         parts.append(here.__dict__["kept"][0])
     whole, first, second = ([gradient, loss] for gradient, loss in parts)

@@ -20,13 +20,13 @@ from tiny_training import fit
 from turret import adapters
 from turret.engine.protocol import OptimStep
 from turret.errors import AdapterError, Interrupted, LossNotFinite, OutOfMemory, RecipeError, TrainingError
-from turret.ops.dropout import Draws
 from turret.train import Asking, checkpoint, evaluate, read_curve
 from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRows
 from turret.train.initialize import attach
 from turret.train.memory import explain_out_of_memory
-from turret.train.step import loss_of, train_step
+from turret.train.slot import LocalSlot
+from turret.train.step import loss_of
 from turret.train.training_plan import Prediction
 
 
@@ -115,9 +115,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(family: str, kind: s
     seen = {}
     for most in (1, 20, 45, 10_000):
         kept = optimiser.weights.clone()
-        got, norm = train_step(
-            on.model, task, optimiser, batch, OptimStep(0.0, clip=None), most_tokens=most, draws=Draws(42, 1)
-        )
+        got, norm = LocalSlot(on, task, optimiser, 42, most).train(batch, OptimStep(0.0, clip=None))
         assert got == pytest.approx(float(loss.detach()), rel=1e-5)
         assert norm == pytest.approx(float(whole.norm()), rel=1e-4)
         assert torch.equal(optimiser.weights, kept)

@@ -13,8 +13,8 @@ from tiny_training import fit
 
 from turret.engine.protocol import OptimStep
 from turret.errors import LossNotFinite
-from turret.ops.dropout import Draws
-from turret.train.step import FIRST, PATIENCE, LossScale, train_step
+from turret.train.slot import LocalSlot
+from turret.train.step import FIRST, PATIENCE, LossScale
 
 STEP = OptimStep(1e-3, clip=None)
 
@@ -28,17 +28,19 @@ def half() -> Any:
 
 def started() -> tuple[Any, ...]:
     base = half()
-    return base.model, *tiny.started(base, method__lora_dropout=0.0)
+    task, optimiser, items = tiny.started(base, method__lora_dropout=0.0)
+    return LocalSlot(base, task, optimiser, 42, 256), items
 
 
 def gradients(scale: LossScale | None, loss_factor: float = 1.0) -> torch.Tensor:
     """The gradients that an update would use, with the loss made smaller and the gradients larger by a factor."""
-    model, task, optimiser, items = started()
+    slot, items = started()
     kept = []
-    optimiser.step = lambda how: kept.append(optimiser.gradients.clone())
-    whole = task.loss
-    task.loss = lambda logits, targets: whole(logits, targets) * loss_factor
-    train_step(model, task, optimiser, items, STEP, most_tokens=256, draws=Draws(42, 1), scale=scale)
+    slot.optimiser.step = lambda how: kept.append(slot.optimiser.gradients.clone())
+    whole = slot.task.loss
+    slot.task.loss = lambda logits, targets: whole(logits, targets) * loss_factor
+    slot.scale = scale
+    slot.train(items, STEP)
     return kept[0] / loss_factor
 
 
@@ -86,20 +88,11 @@ def test_a_step_that_overflows_is_computed_again_with_half_the_scale() -> None:
 
 
 def test_gradients_that_no_scale_makes_finite_end_the_training() -> None:
-    model, task, optimiser, items = started()
-    clip = optimiser.clip_gradients
-    optimiser.clip_gradients = lambda largest: (clip(largest), torch.inf)[1]
+    slot, items = started()
+    clip = slot.optimiser.clip_gradients
+    slot.optimiser.clip_gradients = lambda largest: (clip(largest), torch.inf)[1]
     with pytest.raises(LossNotFinite, match="norm of the gradients became inf"):
-        train_step(
-            model,
-            task,
-            optimiser,
-            items,
-            STEP,
-            most_tokens=256,
-            draws=Draws(42, 1),
-            scale=LossScale(),
-        )
+        slot.train(items, STEP)
 
 
 @pytest.mark.slow

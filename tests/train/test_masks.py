@@ -22,7 +22,8 @@ from turret.ops.dropout import Draws
 from turret.ops.table import without
 from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRow, EncodedRows
-from turret.train.step import forward_backward, loss_of
+from turret.train.slot import LocalSlot
+from turret.train.step import loss_of
 
 METHODS: dict[str, Method] = {
     "lora": LoRA(r=2, lora_dropout=0.3, init_lora_weights=False),
@@ -41,7 +42,6 @@ RATES = (  # of dropout, by the names that architectures give them
     *("resid_pdrop", "embd_pdrop", "attn_pdrop", "encoder_layerdrop", "decoder_layerdrop"),
 )
 EVERY = [*FAMILIES, *slow(each for each in RELATIVES if each != "pegasus")]  # it has no classifier
-SEED = Draws(42, 3)
 
 
 def begun(family: str, method: Method, kind: Any = "classify") -> tuple[Any, Any, list[EncodedRow]]:
@@ -56,7 +56,8 @@ def begun(family: str, method: Method, kind: Any = "classify") -> tuple[Any, Any
         attach(on.model, method, generator=torch.Generator().manual_seed(1))
     except (AdapterError, RecipeError) as error:
         pytest.skip(str(error))  # no such method on this family
-    return on.model.train(), task, EncodedRows(task, data.train).take(range(6))
+    on.model.train()
+    return on, task, EncodedRows(task, data.train).take(range(6))
 
 
 # --- no generator -----------------------------------------------------------------------------------------------------
@@ -74,14 +75,14 @@ def tripwire() -> Iterator[None]:
     assert states() == before, "a generator moved"
 
 
-def gradients(model: Any, task: Any, items: Sequence[EncodedRow], program: int, draws: Draws = SEED) -> Tensor:
+def gradients(on: Any, task: Any, items: Sequence[EncodedRow], program: int, step: int = 3) -> Tensor:
     """Of one step in two passes, with a tripwire. program: the seed of the program's generators."""
-    optimiser = AdamW(trainable_parameters(model))
+    optimiser = AdamW(trainable_parameters(on.model))
+    optimiser.steps = step - 1
     torch.manual_seed(program)
     random.seed(program)
     with tripwire():
-        optimiser.zero_gradients()
-        forward_backward(model, task, optimiser, items, most_tokens=60, draws=draws)
+        LocalSlot(on, task, optimiser, 42, 60).forward_backward(items)
         made = optimiser.gradients.clone()
         optimiser.step(OptimStep(0.0))
     optimiser.end()
@@ -89,12 +90,12 @@ def gradients(model: Any, task: Any, items: Sequence[EncodedRow], program: int, 
 
 
 def require_no_generator(family: str, method: Method, kind: Any = "classify") -> None:
-    model, task, items = begun(family, method, kind)
-    first = gradients(model, task, items, 1)
-    assert torch.equal(first, gradients(model, task, items, 2)), "it depends on a generator of the program"
-    assert not torch.equal(first, gradients(model, task, items, 1, Draws(42, 4))), "control: another step"
-    checkpoint_layers(model)
-    assert torch.equal(first, gradients(model, task, items, 3)), "layers that are computed again draw the same"
+    on, task, items = begun(family, method, kind)
+    first = gradients(on, task, items, 1)
+    assert torch.equal(first, gradients(on, task, items, 2)), "it depends on a generator of the program"
+    assert not torch.equal(first, gradients(on, task, items, 1, step=4)), "control: another step"
+    checkpoint_layers(on.model)
+    assert torch.equal(first, gradients(on, task, items, 3)), "layers that are computed again draw the same"
 
 
 @pytest.mark.parametrize(("family", "method"), pairs(list(EVERY), list(METHODS)))
@@ -113,10 +114,10 @@ def test_a_step_on_texts_draws_from_no_generator(family: str) -> None:
 
 
 def test_control_modules_that_draw_by_themselves_are_noticed() -> None:
-    model, task, items = begun("bart", METHODS["lora"])
-    attachment(model).context.draws_alone = False
+    on, task, items = begun("bart", METHODS["lora"])
+    attachment(on.model).context.draws_alone = False
     with pytest.raises(AssertionError, match="a generator moved"):
-        gradients(model, task, items, 1)
+        gradients(on, task, items, 1)
 
 
 # --- neighbours -------------------------------------------------------------------------------------------------------
@@ -142,8 +143,8 @@ def far(one: Tensor, other: Tensor) -> float:
 
 def require_no_neighbours(family: str, method: Method) -> None:
     """The gradient of a batch's sum is that of the examples alone, in any order: so their masks are the same."""
-    model, task, items = begun(family, method)
-    items = items[:3]
+    on, task, items = begun(family, method)
+    model, items = on.model, items[:3]
     alone = summed(model, task, [[0], [1], [2]], items)
     for passes in ([[0, 1, 2]], [[2, 0, 1]], [[1], [2, 0]]):
         assert far(summed(model, task, passes, items), alone) < 1e-4, passes
@@ -168,7 +169,8 @@ def test_nor_do_those_of_a_method_of_peft(family: str, method: str) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_with_and_without_kernels_the_masks_are_the_same(family: str) -> None:
-    model, task, items = begun(family, METHODS["lora"])
+    on, task, items = begun(family, METHODS["lora"])
+    model = on.model
     fast = summed(model, task, [[0, 1, 2]], items)
     with without("kernels"):
         plain = summed(model, task, [[0, 1, 2]], items)

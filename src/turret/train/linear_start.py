@@ -34,7 +34,6 @@ from turret.train.adamw import learning_rate
 from turret.train.batches import EncodedRow, EncodedRows, Schedule, by_length, spread_indices
 from turret.train.evaluation import evaluating
 from turret.train.initialize import recipe_step
-from turret.train.memory import explain_out_of_memory
 from turret.train.slot import LocalSlot
 
 if TYPE_CHECKING:
@@ -220,8 +219,7 @@ class HeadStart:
                     step, total=steps, peak=lr, warmup=max(1, round(WARMUP * steps)), schedule="linear"
                 )
                 batch = [replace(items[row], wanted=wanted[row]) for row in indices]
-                with explain_out_of_memory(slot.most_tokens, batch, 0, None):
-                    slot.train(batch, recipe_step(train, rate), teaching)
+                slot.train(batch, recipe_step(train, rate), teaching)
                 if time.monotonic() - said > SAY_SECONDS:
                     said = time.monotonic()
                     say(f"teaching the adapter the mean that the head starts with: {step} of {steps} steps")

@@ -41,7 +41,6 @@ from turret.train.curve import StepRecord
 from turret.train.evaluation import evaluate
 from turret.train.initialize import defaults_of, recipe_step
 from turret.train.linear_start import head_start
-from turret.train.memory import explain_out_of_memory
 from turret.train.slot import LocalSlot
 from turret.train.step import LossScale
 from turret.train.training_plan import Prediction
@@ -95,7 +94,7 @@ def fit(
     """
     memory.reset_peak(base.model.device)
     run = TrainingRun.begin(recipe, base, task, dataset, folder, start, say)
-    train, here = run.recipe.train, run.slot.processes
+    train, here, run.slot.predicted = run.recipe.train, run.slot.processes, predicted
     if base.digests is None:
         process.release()  # return what loading the tokenizer and the weights freed to the system
     try:
@@ -106,8 +105,7 @@ def fit(
                     step, total=run.schedule.steps, peak=run.lr, warmup=run.warmup, schedule=train.schedule
                 )
                 started = clock()
-                with explain_out_of_memory(run.slot.most_tokens, batch, step, predicted):
-                    loss, norm = run.slot.train(batch, recipe_step(train, rate))
+                loss, norm = run.slot.train(batch, recipe_step(train, rate))
                 seconds = clock() - started
                 run.count(step, batch, loss, seconds)
 

@@ -34,7 +34,6 @@ from turret.train.batches import EncodedRows, Schedule, splits_of
 from turret.train.evaluation import example_losses
 from turret.train.initialize import defaults_of, recipe_step
 from turret.train.linear_start import head_start
-from turret.train.memory import explain_out_of_memory
 from turret.train.slot import LocalSlot
 from turret.train.training_plan import DOWNWARD, UPWARD, FoundRate, size_of
 
@@ -169,8 +168,7 @@ class Trials:
             batch = self.items.take(indices)
             rate = learning_rate(step, total=self.steps, peak=lr, warmup=warmup, schedule="constant")
             try:
-                with explain_out_of_memory(self.slot.most_tokens, batch, step, None):
-                    loss, _ = self.slot.train(batch, recipe_step(train, rate))
+                loss, _ = self.slot.train(batch, recipe_step(train, rate))
             except LossNotFinite:
                 return None
             losses.append(loss)

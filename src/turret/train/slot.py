@@ -7,15 +7,17 @@ answers. A recipe's training is `Workspace.train`, which also plans, proves and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from turret import adapters
-from turret.adapters import Adapter, StoredAdapter
+from turret.adapters import Adapter, StoredAdapter, drawing
 from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base
 from turret.bases.base import share
@@ -24,22 +26,33 @@ from turret.engine.core import Engine
 from turret.engine.protocol import Loss, OptimStep
 from turret.engine.request import Ask, Named, Ticket
 from turret.engine.sampling_params import SamplingParams
-from turret.errors import TrainingError
+from turret.engine.scheduler import between_passes
+from turret.errors import LossNotFinite, TrainingError
 from turret.json_types import Plain
 from turret.manifest import Lineage
 from turret.methods import Method, by_name
+from turret.ops.core import use_device
 from turret.ops.dropout import Draws
 from turret.recipe import Recipe, Train
 from turret.recipe import Task as TaskSettings
 from turret.tasks import Task, make_task, task_of
 from turret.tasks.shapes import Answer
 from turret.train.adamw import AdamW
-from turret.train.batches import EncodedRow, encode, pass_tokens
+from turret.train.batches import EncodedRow, encode, micro_batches, pass_tokens
 from turret.train.distributed import ALONE, Processes
 from turret.train.evaluation import evaluating
 from turret.train.initialize import attach, extract_adapter, fresh_modules, optimiser_of, seeded_generators
 from turret.train.memory import explain_out_of_memory
-from turret.train.step import LossScale, clip_and_step, forward_backward, loss_of, train_step
+from turret.train.step import (
+    LossScale,
+    backward,
+    clip_and_step,
+    loss_of,
+    loss_over_the_batch,
+    passes_of,
+    still,
+)
+from turret.train.training_plan import Prediction
 from turret.transformer import Model
 
 T = TypeVar("T")
@@ -58,6 +71,7 @@ class LocalSlot:
         seed: Of dropout.
         most_tokens: Of one pass.
         processes: Those that share each batch.
+        predicted: The plan's memory prediction, for the error text when memory runs out.
     """
 
     base: Base
@@ -66,6 +80,7 @@ class LocalSlot:
     seed: int
     most_tokens: int
     processes: Processes = ALONE
+    predicted: Prediction | None = None
     scale: LossScale | None = field(init=False)
     _added: int = field(default=0, init=False)  # examples whose gradients were added since the last step
 
@@ -115,21 +130,9 @@ class LocalSlot:
         if not self._added:
             self.optimiser.zero_gradients()
         first, self._added = self._added, self._added + len(rows)
-        memory = explain_out_of_memory(self.most_tokens, rows, self.steps + 1, None)
         try:
-            with self.processes.noticing(), memory:
-                return forward_backward(
-                    self.model,
-                    self.task,
-                    self.optimiser,
-                    rows,
-                    self.most_tokens,
-                    self._draws,
-                    self.processes,
-                    self.scale,
-                    loss,
-                    first,
-                )
+            with self._explaining(rows):
+                return self._add_gradients(rows, loss, first)
         except BaseException:
             self._added = 0  # no step is taken with the gradients of half a batch
             raise
@@ -158,19 +161,19 @@ class LocalSlot:
         Raises:
             LossNotFinite: One of them is NaN or infinite; the weights stay.
         """
-        with self.processes.noticing():
-            return train_step(
-                self.model,
-                self.task,
-                self.optimiser,
-                rows,
-                step,
-                most_tokens=self.most_tokens,
-                draws=self._draws,
-                processes=self.processes,
-                scale=self.scale,
-                loss=loss,
-            )
+        with self._explaining(rows):
+            while True:
+                self.optimiser.zero_gradients()
+                value = self._add_gradients(rows, loss)
+                try:
+                    norm = clip_and_step(self.optimiser, step, value)
+                    break
+                except LossNotFinite:
+                    if self.scale is None or not math.isfinite(value) or not self.scale.lower():
+                        raise
+        if self.scale is not None:
+            self.scale.count_passed_step()
+        return value, norm
 
     def save(self, lineage: Lineage | None = None) -> Adapter:
         """The adapter as it is now, ready for `bundles.save_bundle`."""
@@ -191,9 +194,59 @@ class LocalSlot:
         adapters.detach(self.model)
         self.model.eval()
 
-    @property
-    def _draws(self) -> Draws:
-        return Draws(self.seed, self.steps + 1)
+    # --- gradients ----------------------------------------------------------------------------------------------------
+
+    def _add_gradients(self, rows: Sequence[EncodedRow], loss: Loss | None = None, first: int = 0) -> float:
+        """Add the gradients of the mean loss over the whole batch, in all processes, and return that loss.
+
+        The mean is over the batch's examples (classify) or the tokens that the loss counts (a text). So dividing the
+        batch into micro-batches, or among processes, changes only the order of summation.
+
+        Args:
+            loss: None: the task's.
+            first: Number of the batch's first example in its step.
+        """
+        model, task, draws = self.model, self.task, Draws(self.seed, self.steps + 1)
+        use_device(model.device)
+        batch = [replace(item, number=number) for number, item in enumerate(rows, first)]
+        total = sum(item.weight for item in batch)
+        losses = []
+
+        def add(part: Tensor) -> None:
+            backward(part if self.scale is None else part.float() * self.scale.value)
+            losses.append(part.detach())
+
+        pieces = micro_batches(self.processes.share(batch), self.most_tokens)
+        if loss is None and task.spans == "batch":
+            loss = Loss(task.kind, task.loss, "batch")
+        if loss is not None and loss.spans == "batch":
+            if self.processes.size > 1:
+                raise TrainingError(
+                    f"loss {loss.name} spans the batch: train in one process, not {self.processes.size}"
+                )
+            add(loss_over_the_batch(model, task, pieces, draws, loss))
+        else:
+            with still(model) if batch[0].rival is not None else nullcontext():
+                for piece in pieces:
+                    with drawing(model, draws, [item.number for item in piece]):
+                        add(loss_of(model, task, piece, loss) * (sum(item.weight for item in piece) / total))
+                    between_passes()
+        for _ in range(passes_of(model, batch, self.most_tokens, self.processes) - len(pieces)):
+            with drawing(model, draws, [first]):
+                backward(loss_of(model, task, batch[:1], loss) * 0.0)
+        # a process has no share of a very small batch
+        mean = torch.stack(losses).sum().float() if losses else self.optimiser.gradients.new_zeros(())
+        self.processes.sum(self.optimiser.gradients, mean)  # the rest is the same in every process
+        if self.scale is not None:
+            self.optimiser.gradients.mul_(1.0 / self.scale.value)
+        return float(mean)
+
+    @contextmanager
+    def _explaining(self, rows: Sequence[EncodedRow]) -> Iterator[None]:
+        """Report lost processes, and memory that runs out in a step on these rows, in one line."""
+        predicted = self.predicted
+        with self.processes.noticing(), explain_out_of_memory(self.most_tokens, rows, self.steps + 1, predicted):
+            yield
 
 
 class TrainingSlot:

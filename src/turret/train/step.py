@@ -1,4 +1,4 @@
-"""One optimiser step: the gradient of a batch's mean loss, computed in micro-batches without padding."""
+"""What an optimiser step computes: the losses of micro-batches, without padding. `LocalSlot.train` takes the step."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from turret.bases import Base
 from turret.bases.sharded import parts_of
 from turret.engine.protocol import Loss, OptimStep
 from turret.engine.scheduler import between_passes
-from turret.errors import AdapterError, LossNotFinite, TrainingError
+from turret.errors import AdapterError, LossNotFinite
 from turret.families.family import project
-from turret.ops.core import to_device, use_device
+from turret.ops.core import to_device
 from turret.ops.dropout import Draws
 from turret.ops.lora import plain
 from turret.tasks import ComparingTask, Task, compares
 from turret.tasks.text_answers import TextAnswers
 from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRow, micro_batches
-from turret.train.distributed import ALONE, Processes
+from turret.train.distributed import Processes
 from turret.transformer import Model
 
 # --- loss scale -------------------------------------------------------------------------------------------------------
@@ -68,54 +68,10 @@ class LossScale:
             self.value, self.good = self.value * GROWTH, 0
 
 
-# --- step -------------------------------------------------------------------------------------------------------------
+# --- loss -------------------------------------------------------------------------------------------------------------
 
 
 FUSED = hasattr(torch.nn.functional, "linear_cross_entropy")  # since torch 2.13
-
-
-def train_step(
-    model: Model,
-    task: Task,
-    optimiser: AdamW,
-    batch: Sequence[EncodedRow],
-    how: OptimStep,
-    *,
-    most_tokens: int,
-    draws: Draws,
-    processes: Processes = ALONE,
-    scale: LossScale | None = None,
-    loss: Loss | None = None,
-) -> tuple[float, float]:
-    """One update from the gradient of the mean loss over the whole batch, computed in micro-batches.
-
-    The mean is over the batch's examples (classify) or the tokens that the loss counts (a text). So dividing the batch
-    into micro-batches, or among processes, changes only the order of summation.
-
-    Args:
-        most_tokens: of one micro-batch.
-        draws: the run's seed, and this step.
-        scale: of the loss, if the base computes in float16. A step whose gradients overflow is computed again.
-        loss: instead of the task's.
-
-    Returns:
-        The loss and the gradient norm before clipping, both before the update.
-
-    Raises:
-        LossNotFinite: one of them is NaN or infinite; the weights are not updated.
-    """
-    while True:
-        optimiser.zero_gradients()
-        value = forward_backward(model, task, optimiser, batch, most_tokens, draws, processes, scale, loss)
-        try:
-            norm = clip_and_step(optimiser, how, value)
-            break
-        except LossNotFinite:
-            if scale is None or not math.isfinite(value) or not scale.lower():
-                raise
-    if scale is not None:
-        scale.count_passed_step()
-    return value, norm
 
 
 def clip_and_step(optimiser: AdamW, how: OptimStep, loss: float = 0.0) -> float:
@@ -132,59 +88,7 @@ def clip_and_step(optimiser: AdamW, how: OptimStep, loss: float = 0.0) -> float:
     return norm
 
 
-def forward_backward(
-    model: Model,
-    task: Task,
-    optimiser: AdamW,
-    batch: Sequence[EncodedRow],
-    most_tokens: int,
-    draws: Draws,
-    processes: Processes = ALONE,
-    scale: LossScale | None = None,
-    loss: Loss | None = None,
-    first: int = 0,
-) -> float:
-    """Add the gradients of the mean loss over the whole batch, in all processes, and return that loss.
-
-    Args:
-        draws: the run's seed, and the step.
-        loss: instead of the task's.
-        first: number of the batch's first example in its step.
-    """
-    use_device(model.device)
-    batch = [replace(item, number=number) for number, item in enumerate(batch, first)]
-    total = sum(item.weight for item in batch)
-    losses = []
-
-    def add(part: Tensor) -> None:
-        backward(part if scale is None else part.float() * scale.value)
-        losses.append(part.detach())
-
-    pieces = micro_batches(processes.share(batch), most_tokens)
-    if loss is None and task.spans == "batch":
-        loss = Loss(task.kind, task.loss, "batch")
-    if loss is not None and loss.spans == "batch":
-        if processes.size > 1:
-            raise TrainingError(f"loss {loss.name} spans the batch: train in one process, not {processes.size}")
-        add(_loss_over_the_batch(model, task, pieces, draws, loss))
-    else:
-        with still(model) if batch[0].rival is not None else nullcontext():
-            for piece in pieces:
-                with drawing(model, draws, [item.number for item in piece]):
-                    add(loss_of(model, task, piece, loss) * (sum(item.weight for item in piece) / total))
-                between_passes()
-    for _ in range(_passes(model, batch, most_tokens, processes) - len(pieces)):
-        with drawing(model, draws, [first]):
-            backward(loss_of(model, task, batch[:1], loss) * 0.0)
-    # a process has no share of a very small batch
-    mean = torch.stack(losses).sum().float() if losses else optimiser.gradients.new_zeros(())
-    processes.sum(optimiser.gradients, mean)  # the rest is the same in every process
-    if scale is not None:
-        optimiser.gradients.mul_(1.0 / scale.value)
-    return float(mean)
-
-
-def _loss_over_the_batch(
+def loss_over_the_batch(
     model: Model, task: Task, pieces: Sequence[Sequence[EncodedRow]], draws: Draws, loss: Loss
 ) -> Tensor:
     """A loss that compares the rows of all pieces. Each piece is computed again for its gradients, and saves nothing.
@@ -219,7 +123,7 @@ def _outputs(model: Model, task: Task, piece: Sequence[EncodedRow]) -> Tensor:
         return torch.stack([each.sum() for each in torch.split(tokens, [item.weight for item in piece])])
 
 
-def _passes(model: Model, batch: Sequence[EncodedRow], most_tokens: int, processes: Processes) -> int:
+def passes_of(model: Model, batch: Sequence[EncodedRow], most_tokens: int, processes: Processes) -> int:
     """The passes that every process makes for a batch: layers in parts need all processes in every pass."""
     if parts_of(model) == 1:
         return 0
