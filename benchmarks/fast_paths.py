@@ -112,7 +112,8 @@ def _training(
     from turret.data.dataset import read_dataset
     from turret.engine import OptimStep
     from turret.tasks import make_task, schemas
-    from turret.train import filled, splits_of
+    from turret.train import filled
+    from turret.train.batches import splits_of
     from turret.train.loop import TrainingRun
     from turret.train.step import loss_of
 
@@ -125,7 +126,7 @@ def _training(
     base = sides._base(recipe, dataset)
     task = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
     recipe = filled(recipe, base, task.kind, len(splits_of(recipe, dataset).train))
-    run = TrainingRun.begin(recipe, base, task, dataset, None)
+    run = TrainingRun(recipe, base, task, dataset, None)
     batches = [batch for _, batch in run.remaining()]
 
     def step(batch: Any) -> None:

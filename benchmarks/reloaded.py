@@ -15,7 +15,8 @@ from turret import bases, bundles
 from turret.data import Labelled, Pair
 from turret.store import Store
 from turret.tasks import task_from_spec
-from turret.train import Asking, evaluate
+from turret.train.asking import Asking
+from turret.train.evaluation import evaluate
 
 BARE, VERSION = 0, 1  # slots
 

@@ -52,7 +52,11 @@ def weights(fitted: Any) -> dict[str, torch.Tensor]:
 
 def finish(steps: Any) -> Any:
     records, fitted = tiny.train(steps)
-    return {"weights": weights(fitted), "records": [each.repeatable() for each in records], "best": fitted.best}
+    return {
+        "weights": weights(fitted),
+        "records": [tiny.repeatable(each) for each in records],
+        "best": (fitted.progress.best_step, fitted.progress.best_metrics),
+    }
 
 
 def main(folder: Path) -> None:

@@ -16,7 +16,7 @@ from turret import Recipe, Workspace, adapters, bases, bundles
 from turret.engine.request import SamplingParams
 from turret.errors import GateFailed
 from turret.store.access_tokens import which
-from turret.train import StepRecord
+from turret.train.curve import StepRecord
 
 FIXTURE = Path(__file__).parent / "fixtures" / "v0_1"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import small_models
+import tiny_training as tiny
 from small_disk import mounted_disk
 
 from turret.errors import (
@@ -29,7 +30,7 @@ from turret.errors import (
     WrongBase,
 )
 from turret.recipe import Recipe
-from turret.train import StepRecord, read_curve
+from turret.train.curve import StepRecord, read_curve
 from turret.workspace import RunResult, Workspace
 
 GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
@@ -167,7 +168,7 @@ def test_a_filled_recipe_killed_on_its_way_ends_with_the_same_version(trained, t
     assert result.resumed_from == 6
     assert result.digest == trained.result.digest
     curve = list(read_curve(workspace.store.root / "runs" / result.run / "curve.jsonl"))
-    assert [each.repeatable() for each in curve] == [each.repeatable() for each in trained.records]
+    assert [tiny.repeatable(each) for each in curve] == [tiny.repeatable(each) for each in trained.records]
     assert len(list((workspace.store.root / "runs").iterdir())) == 1
 
 

@@ -12,7 +12,7 @@ import resource
 import signal
 import sys
 from collections.abc import Generator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ from turret.errors import OutOfMemory
 from turret.families import Family, family_of
 from turret.recipe import Recipe
 from turret.tasks import make_task
-from turret.train import Curve, Fitted, FoundRate, Plan, StepRecord, splits_of
-from turret.train.batches import EncodedRow, EncodedRows
+from turret.train.batches import EncodedRow, EncodedRows, splits_of
 from turret.train.checkpoint import step_of
+from turret.train.curve import Curve, StepRecord
 from turret.train.initialize import attach, optimiser_of
+from turret.train.loop import Fitted
+from turret.train.training_plan import FoundRate, Plan
 
 GOOD = ("great film", "a pleasure to watch", "quick and great")
 BAD = ("dull story", "boring and lazy", "a dull bank")
@@ -148,6 +150,12 @@ def train(steps: Generator[StepRecord, None, Fitted]) -> tuple[list[StepRecord],
             records.append(next(steps))
         except StopIteration as end:
             return records, end.value
+
+
+def repeatable(record: StepRecord) -> dict[str, Any]:
+    """The fields that are bit-equal in a repeated or resumed run."""
+    measured = ("seconds", "tokens_per_second", "rss")
+    return {key: value for key, value in asdict(record).items() if key not in measured}
 
 
 def main(folder: Path, kill_after: int | None) -> None:

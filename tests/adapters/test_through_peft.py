@@ -31,7 +31,7 @@ from turret.bundles import read_bundle, save_bundle
 from turret.errors import AdapterError, RecipeError
 from turret.methods import Head, LoRA, Peft
 from turret.recipe import Recipe
-from turret.train import probe
+from turret.train.proof import probe
 
 # PEFT warns, in its own calls that are made here, of versions long past, of position ids, of a compiler it did not find
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -24,7 +24,7 @@ from turret.engine import Embedding, SamplingParams
 from turret.errors import AdapterError, BaseModelError, TurretError
 from turret.methods import LoRA
 from turret.recipe import Recipe
-from turret.tasks import TextEmbedding
+from turret.tasks.embedding import TextEmbedding
 from turret.train.adamw import AdamW
 from turret.train.batches import encode
 from turret.train.slot import LocalSlot

@@ -199,7 +199,7 @@ def test_the_lines_after_a_verb_offer_the_next_step(typed, tmp_path, capsys) -> 
 
 
 def test_progress_without_a_terminal_says_the_last_score_and_the_time_left(capsys) -> None:
-    from turret.train import StepRecord
+    from turret.train.curve import StepRecord
 
     with Progress(as_json=False) as shown:
         for step in (1, 2, 3):
@@ -215,7 +215,7 @@ def test_progress_without_a_terminal_says_the_last_score_and_the_time_left(capsy
 def test_the_bar_keeps_the_time_at_80_columns_and_drops_the_memory_then_the_rate() -> None:
     """In a terminal of that width; a wide one shows all of it."""
     code = (
-        "from turret.cli.train import Progress; from turret.train import StepRecord\n"
+        "from turret.cli.train import Progress; from turret.train.curve import StepRecord\n"
         "with Progress(as_json=False) as shown:\n"
         "    for step in range(1, 40):\n"
         "        scored = {'accuracy': 0.5} if step == 1 else None\n"

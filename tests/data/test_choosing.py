@@ -17,7 +17,9 @@ from turret.data.cells import joined_by
 from turret.data.dataset import Kinship, arrange_rows, choose_rows, find_sources, read_dataset, read_test
 from turret.errors import DataError
 from turret.recipe import Data, Task
-from turret.tasks import Classify, Generate, schemas
+from turret.tasks import schemas
+from turret.tasks.classify import Classify
+from turret.tasks.generate import Generate
 
 
 def rare(count: int = 100) -> list[dict[str, Any]]:

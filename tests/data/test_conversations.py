@@ -14,7 +14,8 @@ from turret.data import Conversation, Prompt, Turn
 from turret.data.dataset import read_dataset, read_inputs
 from turret.errors import DataError
 from turret.recipe import Data, Task
-from turret.tasks import Chat, schemas
+from turret.tasks import schemas
+from turret.tasks.chat import Chat
 
 TURNS = tuple(Turn(role, content) for role, content in chats.ASKED)
 TOOL = {"name": "weather", "description": "of a city", "parameters": {"type": "object", "properties": {}}}

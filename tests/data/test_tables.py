@@ -19,7 +19,9 @@ from turret.data.dataset import read_dataset, read_inputs, read_test
 from turret.data.source import open_source
 from turret.errors import DataError
 from turret.recipe import Data, Task
-from turret.tasks import Classify, Summarize, schemas
+from turret.tasks import schemas
+from turret.tasks.classify import Classify
+from turret.tasks.generate import Summarize
 
 
 def labels_of(examples: Any) -> list[Any]:

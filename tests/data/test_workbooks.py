@@ -17,7 +17,7 @@ from turret.data.source import open_table
 from turret.data.table import FileFormat
 from turret.errors import DataError
 from turret.recipe import Data
-from turret.tasks import Classify
+from turret.tasks.classify import Classify
 
 NAMES = ("text", "label", "day")
 BODY = [(text, label, number) for number, (text, label) in enumerate(rows(PLAIN))]

@@ -24,7 +24,7 @@ from turret.errors import AdapterError
 from turret.methods import Head, Peft
 from turret.methods.peft import MARKS, MIXED, PROMPTS, SLOW, WRAPPED
 from turret.tasks import task_from_spec
-from turret.train import Asking
+from turret.train.asking import Asking
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::peft.utils.warning.PeftWarning")
 SETTINGS: dict[str, dict[str, Any]] = {  # that fit small layers, with effects that are easy to see

@@ -21,7 +21,8 @@ from turret import engine as engine_room
 from turret.data import Conversation
 from turret.recipe import Task
 from turret.server.services import ServerSettings
-from turret.tasks import Chat, make_task
+from turret.tasks import make_task
+from turret.tasks.chat import Chat
 from turret.tasks.generate import Generate
 from turret.train.batches import EncodedRows
 from turret.workspace import Workspace

@@ -327,7 +327,7 @@ def test_the_last_point_of_a_course_is_what_the_status_says(put, workspace) -> N
 
 @pytest.mark.slow
 def test_a_run_shows_its_curve_while_it_trains(serve, workspace) -> None:
-    from turret.train import Curve, StepRecord
+    from turret.train.curve import Curve, StepRecord
 
     run = workspace.store.new_run("a", 'name = "a"\n', "sha256:x")
     step = StepRecord(1, 4, 0.5, 0.7, 1e-3, 1.0, 8, 80, 0.1, 800.0, 10**8)

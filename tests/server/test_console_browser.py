@@ -34,7 +34,7 @@ from turret.recipe import Recipe
 from turret.server.services import ServerSettings
 from turret.tasks import Mistake
 from turret.tasks.calibration import Bin
-from turret.train import Curve, StepRecord
+from turret.train.curve import Curve, StepRecord
 from turret.workspace import Workspace
 
 PHONE = {"width": 360, "height": 760}

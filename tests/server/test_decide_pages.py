@@ -17,8 +17,8 @@ from store.bundles import tensors, write_bundle
 
 from turret.access import Access
 from turret.store import JobQueue
-from turret.train import Curve as TrainingCurve
-from turret.train import StepRecord
+from turret.train.curve import Curve as TrainingCurve
+from turret.train.curve import StepRecord
 from turret.workspace import Workspace
 from turret.workspace.queueing import order_of
 

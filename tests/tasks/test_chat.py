@@ -21,7 +21,8 @@ from turret.adapters import attachment
 from turret.data import Conversation, Dataset, Prompt, Turn
 from turret.errors import AdapterError, DataError
 from turret.recipe import Task
-from turret.tasks import Chat, make_task, task_from_spec
+from turret.tasks import make_task, task_from_spec
+from turret.tasks.chat import Chat
 from turret.tasks.chat_template import ChatTemplate, helper, render_template
 from turret.train.batches import EncodedRow, EncodedRows
 from turret.train.evaluation import example_losses

@@ -23,7 +23,8 @@ from turret.data import Example, Prompt, Related, Scored, TextPair
 from turret.errors import DataError
 from turret.methods import LoRA
 from turret.recipe import Task
-from turret.tasks import TextEmbedding, make_task, task_from_spec
+from turret.tasks import make_task, task_from_spec
+from turret.tasks.embedding import TextEmbedding
 from turret.tasks.task import TOGETHER
 from turret.train.batches import EncodedRows, micro_batches
 from turret.train.evaluation import evaluate, example_losses

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from turret.data import Pair
 from turret.errors import BaseModelError, DataError
 from turret.recipe import Task
-from turret.tasks import Generate, Summarize, make_task, task_from_spec
+from turret.tasks import make_task, task_from_spec
+from turret.tasks.generate import Generate, Summarize
 
 TOKENIZERS = {family: tokenizer(family) for family in GENERATORS}
 LONG = "the quick brown fox jumps over the lazy dog and the film was a great pleasure to watch " * 5

@@ -10,20 +10,15 @@ import small_models
 from turret.compare.evaluation_page import as_html
 from turret.compare.results import Details
 from turret.data import Conversation, Labelled, Pair, Preferred, Scored, TextPair, Turn
-from turret.tasks import (
-    TASKS,
-    Chat,
-    Classify,
-    Generate,
-    Preference,
-    Regression,
-    Rerank,
-    Score,
-    TextPairs,
-    main_metric,
-    measure_of,
-    measuring,
-)
+from turret.tasks import TASKS, main_metric, measure_of, measuring
+from turret.tasks.chat import Chat
+from turret.tasks.classify import Classify
+from turret.tasks.generate import Generate
+from turret.tasks.preference import Preference
+from turret.tasks.regression import Regression
+from turret.tasks.rerank import Rerank
+from turret.tasks.score import Score
+from turret.tasks.text_pairs import TextPairs
 from turret.workspace.results import Evaluation
 
 ENCODER, DECODER = small_models.tokenizer("bert"), small_models.tokenizer("llama")

@@ -21,7 +21,8 @@ from turret.data import Preferred, Prompt, Turn
 from turret.errors import AdapterError, DataError
 from turret.methods import Full, LoRA
 from turret.recipe import Recipe, Task
-from turret.tasks import Preference, make_task, task_from_spec
+from turret.tasks import make_task, task_from_spec
+from turret.tasks.preference import Preference
 from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRows, encode
 from turret.train.evaluation import evaluate

@@ -24,7 +24,8 @@ from turret.errors import DataError, RecipeError
 from turret.recipe import Data, Recipe
 from turret.store.golden import Example as Golden
 from turret.store.golden import GoldenSet
-from turret.tasks import Questions, make_task, schemas, task_from_spec
+from turret.tasks import make_task, schemas, task_from_spec
+from turret.tasks.questions import Questions
 from turret.train.linear_start import cross_validated
 from turret.workspace import Workspace
 from turret.workspace.promoting import judge_answers

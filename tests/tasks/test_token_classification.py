@@ -22,7 +22,8 @@ from turret.errors import BaseModelError, DataError
 from turret.families import FAMILIES
 from turret.methods import LoRA
 from turret.recipe import Data
-from turret.tasks import TokenClassification, task_from_spec
+from turret.tasks import task_from_spec
+from turret.tasks.token_classification import TokenClassification
 
 WORDS = ["Anna", "Lee", "met", "Bo", "in", "Rome", "."]
 TAGGED = [family for family in (*small_models.FAMILIES, *small_models.RELATIVES) if FAMILIES[family].tag_modules]

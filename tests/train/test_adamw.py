@@ -16,8 +16,8 @@ from torch import nn
 from turret import quantized
 from turret.engine.protocol import OptimStep
 from turret.errors import TrainingError
-from turret.train import require_optimizer
 from turret.train.adamw import AdamW, moment_bytes
+from turret.train.initialize import require_optimizer
 
 RATES = (1e-2, 3e-2, 1e-2)
 

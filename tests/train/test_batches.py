@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turret.errors import DataError
-from turret.tasks import Encoded
+from turret.tasks.task import Encoded
 from turret.train.batches import EncodedRow, EncodedRows, Schedule, by_length, micro_batches
 
 

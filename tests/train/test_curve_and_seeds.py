@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_training as tiny
 import torch
 
 from turret.train.curve import Curve, StepRecord, learnt_by_heart, read_curve
@@ -22,7 +23,7 @@ def test_a_record_survives_json_to_the_last_bit() -> None:
     assert "metrics" not in RECORD.to_json()
     slower = replace(RECORD, seconds=9.0, tokens_per_second=1.0, rss=5)
     assert slower != RECORD
-    assert slower.repeatable() == RECORD.repeatable()
+    assert tiny.repeatable(slower) == tiny.repeatable(RECORD)
 
 
 def test_a_resumed_curve_drops_what_comes_again_and_a_line_that_a_kill_cut(tmp_path: Path) -> None:

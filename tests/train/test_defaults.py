@@ -21,8 +21,10 @@ from turret.errors import TrainingError
 from turret.methods import Full, Head, LoRA, Method, Peft, Prefix
 from turret.methods.method import FEWEST_EPOCHS, LARGE_BASE, MOST_EPOCHS
 from turret.recipe import Recipe
-from turret.train import Plan, evaluate, filled
+from turret.train import filled
+from turret.train.evaluation import evaluate
 from turret.train.initialize import attach
+from turret.train.training_plan import Plan
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "recipe.md"
 DOCUMENTED: dict[str, tuple[Method, str]] = {

@@ -19,8 +19,9 @@ from tiny_training import fit, plan
 from turret import adapters
 from turret.data import Dataset, Labelled
 from turret.errors import LossNotFinite
-from turret.train import evaluate, linear_start
+from turret.train import linear_start
 from turret.train.batches import EncodedRows, Schedule
+from turret.train.evaluation import evaluate
 from turret.train.linear_start import PENALTIES, cross_validated, draws_of, solve
 from turret.train.preflight import measure
 

@@ -20,9 +20,12 @@ from tiny_training import fit
 from turret import adapters
 from turret.engine.protocol import OptimStep
 from turret.errors import AdapterError, Interrupted, LossNotFinite, OutOfMemory, RecipeError, TrainingError
-from turret.train import Asking, checkpoint, evaluate, read_curve
+from turret.train import checkpoint
 from turret.train.adamw import AdamW
+from turret.train.asking import Asking
 from turret.train.batches import EncodedRows
+from turret.train.curve import read_curve
+from turret.train.evaluation import evaluate
 from turret.train.initialize import attach
 from turret.train.memory import explain_out_of_memory
 from turret.train.slot import LocalSlot
@@ -156,7 +159,7 @@ def test_the_same_recipe_gives_the_same_curve_and_weights_whatever_the_caller_dr
         records = []
         while True:
             try:
-                records.append(next(steps).repeatable())
+                records.append(tiny.repeatable(next(steps)))
             except StopIteration as end:
                 results.append((records, weights(end.value)))
                 break
@@ -205,7 +208,7 @@ def test_a_run_killed_and_started_again_ends_with_the_same_curve_and_weights(
     expected, got = (json.loads((each / "weights.json").read_text()) for each in (uninterrupted, tmp_path))
     assert got["resumed_from"] == (killed_after - 1) // 2 * 2
     assert got["weights"] == expected["weights"]
-    curves = [[r.repeatable() for r in read_curve(each / "curve.jsonl")] for each in (uninterrupted, tmp_path)]
+    curves = [[tiny.repeatable(r) for r in read_curve(each / "curve.jsonl")] for each in (uninterrupted, tmp_path)]
     assert curves[0] == curves[1]
 
 
@@ -231,7 +234,7 @@ def test_a_run_killed_again_and_again_at_any_moment_still_ends_the_same(tmp_path
     assert kills
     expected, got = (json.loads((each / "weights.json").read_text())["weights"] for each in (uninterrupted, tmp_path))
     assert got == expected
-    curves = [[r.repeatable() for r in read_curve(each / "curve.jsonl")] for each in (uninterrupted, tmp_path)]
+    curves = [[tiny.repeatable(r) for r in read_curve(each / "curve.jsonl")] for each in (uninterrupted, tmp_path)]
     assert curves[0] == curves[1]
 
 
@@ -240,7 +243,7 @@ def test_a_finished_run_started_again_gives_its_adapter_without_a_step(uninterru
     settings: dict[str, Any] = {"train__keep": "best", "train__checkpoint_every": 2, "method__lora_dropout": 0.3}
     records, fitted = run(on, data, folder=uninterrupted, train__lr=3e-3, **settings)
     assert records == []
-    assert fitted.resumed_from == fitted.steps == 6
+    assert fitted.resumed_from == fitted.progress.step == 6
     expected = json.loads((uninterrupted / "weights.json").read_text())["weights"]
     assert {name: each.flatten().tolist() for name, each in weights(fitted).items()} == expected
 
@@ -265,7 +268,7 @@ def test_ctrl_c_finishes_the_step_keeps_it_and_says_how_to_go_on(tmp_path: Path)
     task = tiny.task_of(made, data, on)
     handler = signal.getsignal(signal.SIGINT)
     steps = fit(made, on, task, data, folder=tmp_path)
-    seen = [next(steps).repeatable(), next(steps).repeatable()]
+    seen = [tiny.repeatable(next(steps)), tiny.repeatable(next(steps))]
     os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(Interrupted, match=r"stopped by the user after step 2 of 6: start the same command again"):
         next(steps)
@@ -274,7 +277,7 @@ def test_ctrl_c_finishes_the_step_keeps_it_and_says_how_to_go_on(tmp_path: Path)
     rest, resumed = tiny.train(fit(made, on, task, data, folder=tmp_path))
     adapters.detach(on.model)
     whole, expected = tiny.train(fit(made, on, task, data))
-    assert [*seen, *(record.repeatable() for record in rest)] == [record.repeatable() for record in whole]
+    assert [*seen, *(tiny.repeatable(record) for record in rest)] == [tiny.repeatable(record) for record in whole]
     assert same(weights(resumed), weights(expected))
 
 
@@ -287,7 +290,7 @@ def test_training_in_another_thread_leaves_signals_alone() -> None:
     thread = threading.Thread(target=body)
     thread.start()
     thread.join()
-    assert results[0][1].steps == 2
+    assert results[0][1].progress.step == 2
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_rate_and_keeps_the_last_good_state(tmp_path: Path) -> None:
@@ -336,15 +339,15 @@ def test_the_best_weights_by_the_validation_split_are_kept_and_stopping_early_st
         "train__schedule": "constant",
     }
     records, fitted = run(on, data, train__keep="best", train__early_stopping=3, **settings)
-    assert fitted.stopped_early
+    assert fitted.progress.gave_up
     assert len(records) < 120
     assert all(record.split == "validation" for record in records)
-    best = fitted.best
+    best = fitted.progress.best_metrics
     made = tiny.recipe()
     metrics, _ = evaluate(fitted.model, tiny.task_of(made, data, on), data.validation)
     assert metrics["accuracy"] == best["accuracy"]
     assert metrics["loss"] == pytest.approx(best["loss"], rel=1e-6)
-    assert records[-1].step == best["step"] + 3
+    assert records[-1].step == fitted.progress.best_step + 3
 
 
 def test_the_best_prefix_is_what_answers_after_the_run() -> None:
@@ -353,20 +356,20 @@ def test_the_best_prefix_is_what_answers_after_the_run() -> None:
     settings: dict[str, Any] = {"train__epochs": 2, "train__evaluate": 1, "train__lr": 0.3, "train__warmup": 0}
     _, fitted = run(on, data, method="prefix", train__keep="best", **settings)
     metrics, _ = evaluate(fitted.model, tiny.task_of(tiny.recipe(), data, on), data.validation)
-    assert metrics["loss"] == pytest.approx(fitted.best["loss"], rel=1e-6)
+    assert metrics["loss"] == pytest.approx(fitted.progress.best_metrics["loss"], rel=1e-6)
 
 
 def test_choosing_without_a_validation_split_takes_a_tenth_of_the_training_examples() -> None:
     on, data = tiny.base("bert"), tiny.dataset(train=40)
     records, fitted = run(on, data, train__keep="best", train__epochs=1)
-    assert fitted.examples == 36
+    assert fitted.progress.examples == 36
     assert records[-1].split == "validation"
 
 
 def test_the_test_split_never_chooses() -> None:
     on, data = tiny.base("bert"), tiny.dataset(train=24)
     _, fitted = run(on, data, train__epochs=1)
-    assert fitted.best is None
+    assert fitted.progress.best_metrics is None
 
 
 def test_choosing_needs_evaluations_and_enough_examples() -> None:

@@ -24,12 +24,12 @@ from turret import adapters
 from turret.bases.device import gigabytes
 from turret.data import Labelled, Pair
 from turret.errors import AdapterError, PreflightRefused
-from turret.methods.method import MOST_EPOCHS
-from turret.tasks import Classify
-from turret.train import Check, Plan, memory, preflight
+from turret.methods.method import MOST_EPOCHS, Check
+from turret.tasks.classify import Classify
+from turret.train import memory, preflight
 from turret.train.batches import EncodedRows
 from turret.train.preflight import OtherProcesses, fits
-from turret.train.training_plan import Prediction
+from turret.train.training_plan import Plan, Prediction
 
 
 def made(

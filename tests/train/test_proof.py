@@ -15,8 +15,8 @@ from tiny_training import fit
 
 from turret import adapters, bases, bundles
 from turret.errors import ProofFailed
-from turret.train import probe, proof, prove
-from turret.train.proof import Probe, answer
+from turret.train import proof
+from turret.train.proof import Probe, answer, probe, prove
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +38,22 @@ def trained(folder: Path, to: Path, kind: str = "classify", **overrides: Any) ->
 
 def examine(on: bases.Base, bundle: Path, asked: Probe, **changes: Any) -> dict[str, Any]:
     """The work of the fresh process, in this process."""
-    request = {
-        "head": on.head,
-        "bundle": str(bundle),
+    load = {
         "base": on.id,
-        "fingerprint": on.fingerprint,
+        "task": on.head,
+        "num_labels": None if asked.targets else 2,
         "dtype": "float32",
         "device": "cpu",
-        "labels": None if asked.targets else 2,
+    }
+    request: Any = {
+        "bundle": str(bundle),
+        "load": load | changes,
+        "fingerprint": on.fingerprint,
         "tolerance": 1e-5,
     }
     tensors = {f"source.{i}": each for i, each in enumerate(asked.sources)}
     tensors |= {f"target.{i}": each for i, each in enumerate(asked.targets)}
-    return proof.examine(request | changes, {**tensors, "outputs": asked.outputs})
+    return proof.examine(request, {**tensors, "outputs": asked.outputs})
 
 
 @pytest.mark.parametrize(

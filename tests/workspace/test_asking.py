@@ -27,7 +27,8 @@ from turret.methods import Method, Peft
 from turret.recipe import Recipe
 from turret.tasks import task_from_spec
 from turret.tasks.generate import Summarize
-from turret.train import Asking, evaluation
+from turret.train import evaluation
+from turret.train.asking import Asking
 from turret.train.loop import fit
 from turret.workspace import training
 from turret.workspace.progress import silent

@@ -22,7 +22,7 @@ from turret.engine import Engine, OptimStep, SamplingParams
 from turret.errors import NotFound
 from turret.recipe import Recipe
 from turret.store import Store
-from turret.train import StepRecord
+from turret.train.curve import StepRecord
 from turret.train.slot import TrainingSlot
 from turret.workspace import Workspace, serving, training
 from turret.workspace.reading import read_dataset

@@ -18,10 +18,10 @@ from turret.errors import DeviceError, PreflightRefused
 from turret.methods.method import Check
 from turret.recipe import Recipe
 from turret.tasks import task_of
-from turret.train import Plan
 from turret.train.batches import pass_tokens
 from turret.train.initialize import attach
 from turret.train.slot import LocalSlot
+from turret.train.training_plan import Plan
 from turret.workspace.resident import PreparedTraining, checkpoints_for, choose_for, pass_tokens_for, predicted_for
 from turret.workspace.results import Planned
 from turret.workspace.training import lighter

@@ -20,7 +20,8 @@ from turret.errors import NotInstalled
 from turret.methods.method import Check
 from turret.store import Version
 from turret.tasks import Mistake
-from turret.train import Plan, RunCurve, StepRecord
+from turret.train.curve import RunCurve, StepRecord
+from turret.train.training_plan import Plan
 from turret.workspace import Planned, RunResult
 from turret.workspace.progress import NotebookLine
 from turret.workspace.results import Evaluation
@@ -147,7 +148,7 @@ def test_a_package_that_is_missing_is_named_in_one_line(package: str, call: str)
     program = f"""
 import sys
 sys.modules[{package!r}] = None
-from turret.train import RunCurve
+from turret.train.curve import RunCurve
 try:
     RunCurve([]).{call}()
 except Exception as error:

@@ -27,7 +27,7 @@ from turret.ops.cpu import compiled as kernels
 from turret.recipe import Recipe
 from turret.store import HeldRun, JobQueue, Store, leases
 from turret.store.jobs import Job
-from turret.train import StepRecord
+from turret.train.curve import StepRecord
 from turret.workspace import Workspace, queue_worker, training
 from turret.workspace.queueing import bring_data, require_base
 from turret.workspace.resident import ResidentBases

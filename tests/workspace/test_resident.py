@@ -25,7 +25,7 @@ from turret.errors import DataError, Interrupted, LossNotFinite, OutOfMemory, Tr
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.tasks import task_of
-from turret.train import StepRecord
+from turret.train.curve import StepRecord
 from turret.workspace import resident, serving, training
 from turret.workspace.child_process import why_alone
 from turret.workspace.resident import ALONE, ResidentBases, Room, Seat, ServingBase, predicted_for, with_room

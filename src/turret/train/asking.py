@@ -7,9 +7,11 @@ those of transformers' `generate`, and `Asking.why_plain` says why.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from turret import adapters
 from turret.adapters import Adapter
@@ -43,6 +45,14 @@ from turret.transformer import Model
 MOST_TOKENS = 4096  # of one pass of an attached model that generates, prompt and new tokens
 PASS_TOKENS = 2048  # of any other pass: nobody waits for a short one here
 UNLIMITED = 1 << 40  # a limit of the engine that is not wanted here
+LIMITS = Limits(  # of an engine that one thread asks, which waits for every answer
+    queue_tokens=UNLIMITED,
+    queue_seconds=UNLIMITED,
+    running=GENERATED_ROWS,
+    batch_tokens=PASS_TOKENS,
+    cache_tokens=CACHE_TOKENS,
+    max_tokens=UNLIMITED,
+)
 
 
 class Asking(Closing):
@@ -256,8 +266,8 @@ class Asking(Closing):
         if self._engine is None or cache_tokens > self._cache_tokens:
             self.close()
             self._cache_tokens = max(CACHE_TOKENS, cache_tokens)
-            beams = int(self.task.generation.get("num_beams", 1))
-            limits = _limits(self.most_tokens, self._cache_tokens, max(GENERATED_ROWS, beams))
+            rows = max(GENERATED_ROWS, int(self.task.generation.get("num_beams", 1)))
+            limits = replace(LIMITS, batch_tokens=self.most_tokens, cache_tokens=self._cache_tokens, running=rows)
             base, adapter = self.base, self.adapter
             if adapter is not None and adapter.method.every_weight:
                 weights = {**adapter.tensors, **adapter.head}
@@ -298,7 +308,7 @@ def logits_of_each(base: Base, asked: Sequence[tuple[Adapter, Task, Sequence[Hea
         return [found[number] for number in range(len(asked))]
     order = [(number, place) for number in mixed for place in range(len(asked[number][2]))]
     order.sort(key=lambda each: (len(asked[each[0]][2][each[1]][0]), each[1]))  # the rows of a text follow one another
-    with Engine(base, None, _limits(PASS_TOKENS, CACHE_TOKENS, GENERATED_ROWS)) as engine:
+    with Engine(base, None, LIMITS) as engine:
         held = {number: engine.hold(f"adapter-{number}", 1, asked[number][0]) for number in mixed}
         asks = []
         for number, place in order:
@@ -310,18 +320,6 @@ def logits_of_each(base: Base, asked: Sequence[tuple[Adapter, Task, Sequence[Hea
         _, task, rows = asked[number]
         found[number] = _outputs(task, [answers[number, place] for place in range(len(rows))])
     return [found[number] for number in range(len(asked))]
-
-
-def _limits(batch_tokens: int, cache_tokens: int, running: int) -> Limits:
-    """Of an engine that one thread asks, which waits for every answer."""
-    return Limits(
-        queue_tokens=UNLIMITED,
-        queue_seconds=UNLIMITED,
-        running=running,
-        batch_tokens=batch_tokens,
-        cache_tokens=cache_tokens,
-        max_tokens=UNLIMITED,
-    )
 
 
 def _outputs(task: Task, answers: Sequence[Answer]) -> Tensor:
@@ -395,12 +393,9 @@ def _generate_texts(model: Model, task: Task, sources: Sequence[Tensor], new_tok
 
 def _generated_rows(model: Model, task: Task, rows: Sequence[Tensor], settings: Generation) -> list[Answer]:
     encoder_decoder = model.config.is_encoder_decoder
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), int(settings["pad_token_id"]), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for place, row in enumerate(rows):  # a decoder continues at the right end, so pad it on the left
-        span = slice(0, len(row)) if encoder_decoder else slice(width - len(row), width)
-        ids[place, span], mask[place, span] = row, 1
+    side = "right" if encoder_decoder else "left"  # a decoder continues at the right end
+    ids = pad_sequence(list(rows), batch_first=True, padding_value=int(settings["pad_token_id"]), padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     output = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -410,7 +405,7 @@ def _generated_rows(model: Model, task: Task, rows: Sequence[Tensor], settings: 
     )
     eos = settings["eos_token_id"]
     answers = list[Answer]()
-    for row in output[:, 1 if encoder_decoder else width :].tolist():
+    for row in output[:, 1 if encoder_decoder else ids.shape[1] :].tolist():
         ended = eos in row
         ids = row[: row.index(eos)] if ended else row
         answers.append({"text": task.decode(ids), "finish_reason": "stop" if ended else "length", "tokens": len(ids)})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -127,7 +126,7 @@ class EncodedRows:
 
     def __init__(self, task: Task, examples: Sequence[Example], *, kept_tokens: int = KEPT_TOKENS) -> None:
         self.task, self.examples = task, examples
-        self._cached: dict[int, _KeptRow] = {}
+        self._cached: dict[int, tuple[EncodedRow, tuple[bytes | None, ...]]] = {}
         self._room = kept_tokens
 
     def __len__(self) -> int:
@@ -141,8 +140,8 @@ class EncodedRows:
         for index, item in encoded.items():
             if item.tokens <= self._room:
                 self._room -= item.tokens
-                self._cached[index] = _KeptRow.of(item)
-        return [encoded[i] if i in encoded else self._cached[i].row() for i in indices]
+                self._cached[index] = _pack(item)
+        return [encoded[i] if i in encoded else _unpack(*self._cached[i]) for i in indices]
 
     def windows(self) -> list[tuple[Tensor, Tensor | None]]:
         """The rows that a head reads for all examples, in order: the ids of each, and the positions of `HeadRow`."""
@@ -163,36 +162,20 @@ class EncodedRows:
 _NO_IDS = {1: torch.empty(0, dtype=torch.long), 2: torch.empty(0, 2, dtype=torch.long)}  # with segments
 
 
-class _KeptRow(NamedTuple):
-    """A row in the cache. Its ids are bytes of int32: a tensor takes 500 bytes beside its numbers."""
-
-    bare: EncodedRow  # without ids
-    source: bytes
-    target: bytes | None
-    earlier: bytes | None
-    rival: bytes | None
-    read: bytes | None
-
-    @classmethod
-    def of(cls, item: EncodedRow) -> _KeptRow:
-        bare = replace(item, source=_NO_IDS[item.source.ndim], target=None, earlier=None, rival=None, read=None)
-        others = (item.target, item.earlier, item.rival, item.read)
-        return cls(bare, _bytes_of(item.source), *(None if each is None else _bytes_of(each) for each in others))
-
-    def row(self) -> EncodedRow:
-        kept = (self.target, self.earlier, self.rival, self.read)
-        target, earlier, rival, read = (None if each is None else _ids_in(each) for each in kept)
-        source = _ids_in(self.source).reshape(-1, *self.bare.source.shape[1:])
-        return replace(self.bare, source=source, target=target, earlier=earlier, rival=rival, read=read)
+def _pack(item: EncodedRow) -> tuple[EncodedRow, tuple[bytes | None, ...]]:
+    """A row for the cache, and apart its ids as bytes of int32: a tensor takes 500 bytes beside its numbers."""
+    bare = replace(item, source=_NO_IDS[item.source.ndim], target=None, earlier=None, rival=None, read=None)
+    ids = (item.source, item.target, item.earlier, item.rival, item.read)
+    return bare, tuple(None if each is None else each.to(torch.int32).numpy().tobytes() for each in ids)
 
 
-def _bytes_of(ids: Tensor) -> bytes:
-    return ids.to(torch.int32).numpy().tobytes()
-
-
-def _ids_in(kept: bytes) -> Tensor:
-    """(T,) int64."""
-    return torch.from_numpy(np.frombuffer(kept, dtype=np.int32).astype(np.int64))
+def _unpack(bare: EncodedRow, kept: tuple[bytes | None, ...]) -> EncodedRow:
+    """The row that was packed, with its ids in int64."""
+    numbers = [None if each is None else np.frombuffer(each, dtype=np.int32).astype(np.int64) for each in kept]
+    source, target, earlier, rival, read = (None if each is None else torch.from_numpy(each) for each in numbers)
+    assert source is not None
+    source = source.reshape(-1, *bare.source.shape[1:])
+    return replace(bare, source=source, target=target, earlier=earlier, rival=rival, read=read)
 
 
 def encode(task: Task, examples: Sequence[Example]) -> list[EncodedRow]:

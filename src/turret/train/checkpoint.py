@@ -39,19 +39,24 @@ OLDER = (1,)
 NAME = "checkpoint.safetensors"
 
 
-class Identity(TypedDict):
-    """What a run must have in common with the checkpoint that it resumes. parent, reference: digests of versions."""
+class Origin(TypedDict):
+    """What the weights of a run depend on, beside its recipe. parent, reference: digests of versions."""
 
-    recipe: str  # its hash
     data: str
     base: str
     tokenizer: str  # digest of the base's
-    torch: str
-    transformers: str
     world_size: int
     device: NotRequired[str]
     parent: NotRequired[str]
     reference: NotRequired[str]
+
+
+class Identity(Origin):
+    """What a run must have in common with the checkpoint that it resumes."""
+
+    recipe: str  # its hash
+    torch: str
+    transformers: str
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 from turret.disk import sync
 from turret.errors import NotInstalled
-from turret.json_types import JsonObject
 from turret.notebook import Table, as_html, format_metric
 from turret.tasks import main_metric, measure_of
 from turret.tasks.shapes import Metrics, number_of
@@ -52,38 +51,20 @@ class StepRecord:
     def from_json(cls, line: str) -> StepRecord:
         return cls(**json.loads(line))
 
-    def repeatable(self) -> JsonObject:
-        """The fields that are bit-equal in a repeated or resumed run."""
-        measured = ("seconds", "tokens_per_second", "rss")
-        return {key: value for key, value in asdict(self).items() if key not in measured}
 
-
-class RunCurve(Sequence[StepRecord]):
+class RunCurve(list[StepRecord]):
     """The steps of a run, oldest first: a sequence of records, a DataFrame with `to_frame`, a picture with `plot`."""
 
-    def __init__(self, records: Sequence[StepRecord]) -> None:
-        self._records = list(records)
-
-    @overload
-    def __getitem__(self, place: int) -> StepRecord: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[StepRecord]: ...
-    def __getitem__(self, place: int | slice) -> StepRecord | list[StepRecord]:
-        return self._records[place]
-
-    def __len__(self) -> int:
-        return len(self._records)
-
     def __repr__(self) -> str:
-        if not self._records:
+        if not self:
             return "no steps yet"
-        first, last = self._records[0], self._records[-1]
+        first, last = self[0], self[-1]
         return f"{last.step} of {last.steps} steps, loss {first.loss:.3f} -> {last.loss:.3f}"
 
     def _repr_html_(self) -> str:
         rows = [
             (each.step, str(each.split), *(format_metric(name, each.metrics.get(name)) for name in self._metrics()))
-            for each in self._records
+            for each in self
             if each.metrics is not None
         ]
         table = Table(("step", "measured on", *(name.replace("_", " ") for name in self._metrics())), rows)
@@ -99,7 +80,7 @@ class RunCurve(Sequence[StepRecord]):
         """
         frames = _package("pandas", "to_frame")
         rows = []
-        for each in self._records:
+        for each in self:
             fields = {key: value for key, value in asdict(each).items() if key not in ("metrics", "split")}
             numbers = {name: (each.metrics or {}).get(name) for name in self._metrics()}
             rows.append(fields | {f"{each.split} {name}": n for name, n in numbers.items() if n is not None})
@@ -119,7 +100,7 @@ class RunCurve(Sequence[StepRecord]):
         """
         pyplot = _package("matplotlib.pyplot", "plot")
         axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")[1] if ax is None else ax
-        steps, losses = [each.step for each in self._records], [each.loss for each in self._records]
+        steps, losses = [each.step for each in self], [each.loss for each in self]
         axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
         axes.plot(steps, _running_mean(losses), color="tab:blue", linewidth=2, label="training loss")
         axes.set_xlabel("step")
@@ -127,7 +108,7 @@ class RunCurve(Sequence[StepRecord]):
         axes.set_ylim(bottom=0)
         lines, labels = axes.get_legend_handles_labels()
         metric = next((name for name in self._metrics() if name != "loss"), None)
-        seen = [each for each in self._records if metric is not None and (each.metrics or {}).get(metric) is not None]
+        seen = [each for each in self if metric is not None and (each.metrics or {}).get(metric) is not None]
         if metric is not None and seen:
             twin = axes.twinx()
             splits = dict.fromkeys(str(each.split) for each in seen)
@@ -146,7 +127,7 @@ class RunCurve(Sequence[StepRecord]):
 
     def _metrics(self) -> list[str]:
         """The names of the metrics that are numbers, the first one first."""
-        found = (each.metrics.items() for each in self._records if each.metrics)
+        found = (each.metrics.items() for each in self if each.metrics)
         return list(dict.fromkeys(name for items in found for name, value in items if isinstance(value, float)))
 
 

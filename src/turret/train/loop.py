@@ -26,7 +26,6 @@ from turret.bases import Base
 from turret.bases.sharded import digest_of, parts_of
 from turret.data import Dataset
 from turret.errors import CheckpointMismatch, Interrupted, LossNotFinite, TrainingError
-from turret.json_types import JsonObject
 from turret.manifest import FlatLossSpec, Lineage
 from turret.methods.method import Defaults, usual_epochs
 from turret.process import StopRequest
@@ -36,7 +35,7 @@ from turret.tasks.shapes import Metrics, number_in, number_of
 from turret.tasks.tokens import tokenizer_digest
 from turret.train import checkpoint, distributed, memory
 from turret.train.adamw import learning_rate, warmup_steps
-from turret.train.batches import EncodedRow, EncodedRows, Schedule, Splits, splits_of
+from turret.train.batches import EncodedRow, EncodedRows, Schedule, splits_of
 from turret.train.curve import StepRecord
 from turret.train.evaluation import evaluate
 from turret.train.initialize import defaults_of, recipe_step
@@ -93,8 +92,9 @@ def fit(
         TrainingError: the recipe's defaults are not filled in, or the base's weights changed.
     """
     memory.reset_peak(base.model.device)
-    run = TrainingRun.begin(recipe, base, task, dataset, folder, start, say)
-    train, here, run.slot.predicted = run.recipe.train, run.slot.processes, predicted
+    run = TrainingRun(recipe, base, task, dataset, folder, start, say)
+    train, here = run.recipe.train, run.slot.processes
+    run.slot.predicted = predicted
     if base.digests is None:
         process.release()  # return what loading the tokenizer and the weights freed to the system
     try:
@@ -107,7 +107,6 @@ def fit(
                 started = clock()
                 loss, norm = run.slot.train(batch, recipe_step(train, rate))
                 seconds = clock() - started
-                run.count(step, batch, loss, seconds)
 
                 metrics = None
                 if run.evaluates(step):
@@ -121,7 +120,7 @@ def fit(
                 stopping, due = here.any(stop.asked or asked(), due)
                 if folder is not None and (run.over or stopping or due or run.saves(step)):
                     started = clock()
-                    run.save()
+                    run.save(folder)
                     saved_at = clock()
                     pause = max(SAVE_SECONDS, (saved_at - started) / SAVE_SHARE)
                 if stopping:
@@ -132,7 +131,7 @@ def fit(
                     break
         return run.finish()
     except BaseException as error:
-        run.abandon()
+        run.slot.drop()
         if isinstance(error, LossNotFinite):
             raise LossNotFinite(f"{error} at step {run.progress.step + 1}: {run.what_to_change()}") from error
         raise
@@ -199,25 +198,6 @@ def flat_loss(latest: Sequence[float], guessing: float | None) -> FlatLoss | Non
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "turret")
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """The result of a finished training. `model` is still attached and in eval mode, with the chosen weights."""
-
-    adapter: Adapter
-    model: Model
-    steps: int
-    examples: int
-    tokens: int
-    seconds: float  # of the head's start and all optimiser steps, also those before the run was resumed
-    evaluate_seconds: float
-    peak_bytes: int  # of this process, or of its tensors on a GPU
-    resumed_from: int  # step of the checkpoint that this process resumed; 0 for none
-    stopped_early: bool
-    best: JsonObject | None  # step and metrics of the best evaluation on the validation split
-    parameters: dict[str, int]  # trainable, stored, total
-    flat_loss: FlatLoss | None  # if the training loss ended at the level of guessing
-
-
 @dataclass
 class RunProgress:
     """The counters of a run, as its checkpoint has them."""
@@ -225,7 +205,7 @@ class RunProgress:
     step: int = 0
     examples: int = 0
     tokens: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the head's start and all optimiser steps, also those before the run was resumed
     evaluate_seconds: float = 0.0
     best_step: int = 0
     best_metrics: Metrics | None = None
@@ -236,35 +216,27 @@ class RunProgress:
     scale: list[float] = field(default_factory=list)  # value and good steps of the loss scale; empty without one
 
 
-@dataclass
+@dataclass(frozen=True)
+class Fitted:
+    """The result of a finished training. `model` is still attached and in eval mode, with the chosen weights."""
+
+    adapter: Adapter
+    model: Model
+    progress: RunProgress
+    peak_bytes: int  # of this process, or of its tensors on a GPU
+    resumed_from: int  # step of the checkpoint that this process resumed; 0 for none
+    parameters: dict[str, int]  # trainable, stored, total
+    flat_loss: FlatLoss | None  # if the training loss ended at the level of guessing
+
+
 class TrainingRun:
-    """A training run in progress."""
+    """A training run in progress. See `fit`.
 
-    recipe: Recipe
-    base: Base
-    task: Task
-    dataset: Dataset
-    folder: Path | None
-    splits: Splits
-    items: EncodedRows
-    watched: EncodedRows | None
-    schedule: Schedule
-    slot: LocalSlot
-    lr: float
-    warmup: int
-    originals: list[Tensor]  # the base's own weights and buffers
-    unchanged: str  # their checksum before the adapter was attached
-    tokenizer: str  # digest of the base's
-    total: int  # weights of the base
-    guessing: float | None  # the loss of the best answer that ignores the input
-    start: StoredAdapter | None
-    progress: RunProgress = field(default_factory=RunProgress)
-    best_weights: Tensor | None = None
-    resumed_from: int = 0
+    It attaches the recipe's adapter, and resumes the folder's checkpoint if there is one.
+    """
 
-    @classmethod
-    def begin(
-        cls,
+    def __init__(
+        self,
         recipe: Recipe,
         base: Base,
         task: Task,
@@ -272,49 +244,37 @@ class TrainingRun:
         folder: Path | None,
         start: StoredAdapter | None = None,
         say: Callable[[str], None] = lambda _: None,
-    ) -> TrainingRun:
-        """Attach the recipe's adapter and resume the folder's checkpoint if there is one. See `fit`."""
+    ) -> None:
         here = distributed.begin()
-        splits = splits_of(recipe, dataset)
-        schedule = Schedule.of(recipe, len(splits.train))
-        lr = recipe.train.lr
-        if lr is None or isinstance(lr, str):
+        self.recipe, self.base, self.task, self.dataset = recipe, base, task, dataset
+        self.folder, self.start = folder, start
+        self.splits = splits_of(recipe, dataset)
+        self.items = EncodedRows(task, self.splits.train)
+        self.watched = None if self.splits.watched is None else EncodedRows(task, self.splits.watched)
+        self.schedule = Schedule.of(recipe, len(self.splits.train))
+        if recipe.train.lr is None or isinstance(recipe.train.lr, str):
             raise TrainingError(
                 'train.lr is "auto": find it first (Workspace.train does, or find_rate), or give a number'
             )
-        originals = [*base.model.parameters(), *base.model.buffers()]
-        unchanged = checksum(originals, base.digests.tensors if base.digests is not None else {})
-        total = quantized.count(base.model)
-        slot = LocalSlot.of_recipe(recipe, base, task, start, here)
+        self.lr = recipe.train.lr
+        self.warmup = warmup_steps(recipe.train.warmup, self.schedule.steps)
+        self.tokenizer = tokenizer_digest(base.tokenizer) if base.digests is None else base.digests.tokenizer
+        self.guessing = task.guessing_loss(self.splits.train)  # of the best answer that ignores the input
+        self.progress = RunProgress()
+        self.best_weights: Tensor | None = None
+        self.resumed_from = 0
+        self.originals = [*base.model.parameters(), *base.model.buffers()]  # before the adapter is attached
+        self.unchanged = checksum(self.originals, base.digests.tensors if base.digests is not None else {})
+        self.total = quantized.count(base.model)
+        self.slot = LocalSlot.of_recipe(recipe, base, task, start, here)
         try:
-            run = cls(
-                recipe=recipe,
-                base=base,
-                task=task,
-                dataset=dataset,
-                folder=folder,
-                splits=splits,
-                items=EncodedRows(task, splits.train),
-                watched=None if splits.watched is None else EncodedRows(task, splits.watched),
-                schedule=schedule,
-                slot=slot,
-                lr=lr,
-                warmup=warmup_steps(recipe.train.warmup, schedule.steps),
-                originals=originals,
-                unchanged=unchanged,
-                tokenizer=tokenizer_digest(base.tokenizer) if base.digests is None else base.digests.tokenizer,
-                total=total,
-                guessing=task.guessing_loss(splits.train),
-                start=start,
-            )
-            here.require_same(**run._identity())
-            run._resume()
-            run._start_head(say)
+            here.require_same(**self._identity())
+            self._resume()
+            self._start_head(say)
         except BaseException:
-            slot.drop()
+            self.slot.drop()
             raise
         base.model.train()
-        return run
 
     # --- questions of the loop --------------------------------------------------------------------------------------
 
@@ -350,16 +310,6 @@ class TrainingRun:
 
     # --- results of a step ------------------------------------------------------------------------------------------
 
-    def count(self, step: int, batch: Sequence[EncodedRow], loss: float, seconds: float) -> None:
-        """Add a step to the counters."""
-        self.progress.step = step
-        self.progress.losses = [*self.progress.losses, loss][-WINDOW:]
-        self.progress.examples += len(batch)
-        self.progress.tokens += sum(item.tokens for item in batch)
-        self.progress.seconds += seconds
-        scale = self.slot.scale
-        self.progress.scale = [] if scale is None else [scale.value, scale.good]
-
     def judge(self, step: int, metrics: Metrics, seconds: float) -> None:
         """Compare an evaluation with the best one so far. Only a validation split chooses, never the test split."""
         progress, train = self.progress, self.recipe.train
@@ -385,8 +335,14 @@ class TrainingRun:
         seconds: float,
         metrics: Metrics | None,
     ) -> StepRecord:
-        """The record of a step."""
-        tokens = sum(item.tokens for item in batch)
+        """Add a step to the counters. Returns its record."""
+        tokens, scale = sum(item.tokens for item in batch), self.slot.scale
+        self.progress.step = step
+        self.progress.losses = [*self.progress.losses, loss][-WINDOW:]
+        self.progress.examples += len(batch)
+        self.progress.tokens += tokens
+        self.progress.seconds += seconds
+        self.progress.scale = [] if scale is None else [scale.value, scale.good]
         return StepRecord(
             step=step,
             steps=self.schedule.steps,
@@ -413,50 +369,48 @@ class TrainingRun:
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _identity(self) -> checkpoint.Identity:
-        identity: checkpoint.Identity = {
-            "recipe": hashlib.sha256(self.recipe.to_toml().encode()).hexdigest(),
+    def _origin(self) -> checkpoint.Origin:
+        origin: checkpoint.Origin = {
             "data": self.dataset.digest,
             "base": self.base.fingerprint,
             "tokenizer": self.tokenizer,
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
             "world_size": self.slot.processes.size,  # decides the order of sums
         }
         if self.slot.model.device.type != "cpu":  # another device rounds otherwise
-            identity["device"] = self.slot.model.device.type
+            origin["device"] = self.slot.model.device.type
         if self.start is not None:
-            identity["parent"] = self.start.digest
+            origin["parent"] = self.start.digest
         if self.base.reference is not None:
-            identity["reference"] = self.base.reference.digest
-        return identity
+            origin["reference"] = self.base.reference.digest
+        return origin
+
+    def _identity(self) -> checkpoint.Identity:
+        return {
+            "recipe": hashlib.sha256(self.recipe.to_toml().encode()).hexdigest(),
+            **self._origin(),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        }
 
     def _lineage(self) -> Lineage:
         """Everything the weights depend on, and nothing that differs when the same training is repeated."""
-        identity = self._identity()
+        libraries = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
         lineage: Lineage = {
             "recipe": self.recipe.to_toml(),
-            "data": identity["data"],
-            "base": identity["base"],
-            "tokenizer": identity["tokenizer"],
-            "world_size": identity["world_size"],
+            "seed": self.recipe.seed,
+            "libraries": libraries,
+            "steps": self.progress.step,
+            "lr": self.lr,
         }
-        if "device" in identity:
-            lineage["device"] = identity["device"]
-        if "parent" in identity:
-            lineage["parent"] = identity["parent"]
-        if "reference" in identity:
-            lineage["reference"] = identity["reference"]
-        libraries = {name: version(name) for name in LIBRARIES}
-        libraries["python"] = platform.python_version()
-        lineage |= {"seed": self.recipe.seed, "libraries": libraries, "steps": self.progress.step, "lr": self.lr}
         if self.progress.head_start is not None:
-            lineage |= {"head_start": self.progress.head_start}
+            lineage["head_start"] = self.progress.head_start
         if (flat := self.flat_loss()) is not None:
-            lineage |= {"flat_loss": flat.to_json()}
-        return lineage if self.best_weights is None else lineage | {"kept_step": self.progress.best_step}
+            lineage["flat_loss"] = flat.to_json()
+        if self.best_weights is not None:
+            lineage["kept_step"] = self.progress.best_step
+        return {**self._origin(), **lineage}
 
-    def save(self) -> None:
+    def save(self, folder: Path) -> None:
         """Write the checkpoint, unless a weight is NaN or infinite. The main process writes, the others wait."""
         here, optimiser = self.slot.processes, self.slot.optimiser
         ends = torch.stack(torch.aminmax(optimiser.weights))  # both are NaN if a weight is; this makes no copy
@@ -465,16 +419,9 @@ class TrainingRun:
         tensors = dict(optimiser.state())
         if self.best_weights is not None:
             tensors["best"] = self.best_weights
-        here.from_main(lambda: self._write(tensors))
-
-    def _write(self, tensors: dict[str, Tensor]) -> None:
-        assert self.folder is not None
-        checkpoint.save(
-            self.folder,
-            tensors,
-            identity=self._identity(),
-            layout=self.slot.optimiser.layout,
-            progress=vars(self.progress),
+        identity, progress = self._identity(), vars(self.progress)
+        here.from_main(
+            lambda: checkpoint.save(folder, tensors, identity=identity, layout=optimiser.layout, progress=progress)
         )
 
     def _resume(self) -> None:
@@ -534,21 +481,14 @@ class TrainingRun:
             )
         if here.size > 1:
             here.require_same(weights=checksum([optimiser.weights]))
-        progress = self.progress
         adapter = self.slot.save(self._lineage())
         stored = sum(each.numel() for each in (*adapter.tensors.values(), *adapter.head.values()))
         return Fitted(
             adapter=adapter,
             model=self.slot.model,
-            steps=progress.step,
-            examples=progress.examples,
-            tokens=progress.tokens,
-            seconds=progress.seconds,
-            evaluate_seconds=progress.evaluate_seconds,
+            progress=self.progress,
             peak_bytes=memory.peak(self.slot.model.device),
             resumed_from=self.resumed_from,
-            stopped_early=progress.gave_up,
-            best=None if progress.best_metrics is None else {"step": progress.best_step, **progress.best_metrics},
             parameters={
                 "trainable": optimiser.weights.numel(),
                 "stored": stored,
@@ -556,10 +496,6 @@ class TrainingRun:
             },
             flat_loss=self.flat_loss(),
         )
-
-    def abandon(self) -> None:
-        """Restore the base after an error."""
-        self.slot.drop()
 
     # --- error texts ------------------------------------------------------------------------------------------------
 

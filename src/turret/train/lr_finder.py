@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-
-import torch
 
 from turret.adapters import StoredAdapter
 from turret.bases import Base
@@ -130,7 +128,7 @@ def find_rate(
     size = size_of(len(examples), Schedule.of(recipe, len(examples)).steps)
     if size.reason is not None:
         return FoundRate(default, default, size, {})
-    with trials(recipe, base, task, examples, steps=size.steps, held=size.held, start=start) as tried:
+    with closing(Trials(recipe, base, task, examples, steps=size.steps, held=size.held, start=start)) as tried:
 
         def score(lr: float) -> Score | None:
             if on_trial is not None:
@@ -142,17 +140,43 @@ def find_rate(
     return FoundRate(lr, default, size, losses)
 
 
-@dataclass(frozen=True)
 class Trials:
-    """Short trainings on one attached adapter, each from the same initial weights."""
+    """Short trainings on one attached adapter, each from the same initial weights. `close` detaches the adapter.
 
-    recipe: Recipe
-    task: Task
-    slot: LocalSlot
-    items: EncodedRows
-    held: EncodedRows
-    steps: int
-    start: torch.Tensor  # (N,) the initial weights
+    Args:
+        steps: of a trial.
+        held: this many of the examples only score.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        base: Base,
+        task: Task,
+        examples: Sequence[Example],
+        *,
+        steps: int,
+        held: int,
+        start: StoredAdapter | None = None,
+    ) -> None:
+        self.recipe, self.task, self.steps = recipe, task, steps
+        order = list(range(len(examples)))
+        random.Random(recipe.seed).shuffle(order)
+        self.items = EncodedRows(task, [examples[place] for place in sorted(order[held:])])
+        self.held = EncodedRows(task, [examples[place] for place in order[:held]])
+        self.slot = LocalSlot.of_recipe(recipe, base, task, start)
+        try:
+            base.model.train()
+            begins = head_start(recipe, base, task, self.items, self.slot.most_tokens) if start is None else None
+            if begins is not None:
+                begins.begin(self.slot, defaults_of(recipe.method, base, task.kind).lr, steps)
+        except BaseException:
+            self.close()
+            raise
+        self.start = self.slot.optimiser.weights.clone()  # (N,) the initial weights
+
+    def close(self) -> None:
+        self.slot.drop()
 
     def score(self, lr: float) -> Score | None:
         """Train from the initial weights at this rate. Returns the held-out losses; None if it diverged.
@@ -188,39 +212,3 @@ class Trials:
 
     def _held_out(self) -> Score:
         return Score(*example_losses(self.slot.model, self.task, self.held, most_tokens=self.slot.most_tokens))
-
-
-@contextmanager
-def trials(
-    recipe: Recipe,
-    base: Base,
-    task: Task,
-    examples: Sequence[Example],
-    *,
-    steps: int,
-    held: int,
-    start: StoredAdapter | None = None,
-) -> Iterator[Trials]:
-    """Trials with the recipe's adapter, which is detached after the block. `held` of the examples only score."""
-    default = defaults_of(recipe.method, base, task.kind).lr
-    order = list(range(len(examples)))
-    random.Random(recipe.seed).shuffle(order)
-    slot = LocalSlot.of_recipe(recipe, base, task, start)
-    try:
-        base.model.train()
-        items = EncodedRows(task, [examples[place] for place in sorted(order[held:])])
-        if start is None:
-            begins = head_start(recipe, base, task, items, slot.most_tokens)
-            if begins is not None:
-                begins.begin(slot, default, steps)
-        yield Trials(
-            recipe,
-            task,
-            slot,
-            items=items,
-            held=EncodedRows(task, [examples[place] for place in order[:held]]),
-            steps=steps,
-            start=slot.optimiser.weights.clone(),
-        )
-    finally:
-        slot.drop()

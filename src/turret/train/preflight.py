@@ -707,9 +707,21 @@ def plan(
         *checkpoints(base),
         *passes(base),
     ]
-    cost = None
+    cost: Cost | None = None
     if measured and not any(check.level == "refuse" for check in rows):
-        cost = _cost(recipe, base, task, items, schedule, total, rows, start, before)
+        room = memory.available(base.model.device)
+        if recipe.method.every_weight and 16 * total > room:
+            needed = f"every weight, its gradient and two moments take {gigabytes(16 * total)}"
+            remedy = "use method lora or prefix, or a smaller base"
+            rows.append(Check("memory", "refuse", f"{needed}, {gigabytes(room)} are free", remedy))
+        else:
+            try:
+                cost = measure(recipe, base, task, items, schedule, before=before, start=start)
+            except (MemoryError, RuntimeError) as error:
+                if not memory_ran_out(error):
+                    raise
+                text = f"a trial step ran out of memory with {gigabytes(room)} free"
+                rows.append(Check("memory", "refuse", text, "lower train.micro_batch_tokens or task.max_tokens"))
     seconds = None
     if cost is not None:
         seconds = _training_seconds(recipe, used, dataset, task, schedule, cost) + proof_seconds
@@ -728,34 +740,6 @@ def plan(
         trainable=None if cost is None else cost.trainable,
         total=total,
     )
-
-
-def _cost(
-    recipe: Recipe,
-    base: Base,
-    task: Task,
-    items: EncodedRows,
-    schedule: Schedule,
-    total: int,
-    rows: list[Check],
-    start: StoredAdapter | None,
-    before: int,
-) -> Cost | None:
-    """The measured cost; None, and a refusal in `rows`, if there is too little memory to measure it."""
-    room = memory.available(base.model.device)
-    if recipe.method.every_weight and 16 * total > room:
-        needed = f"every weight, its gradient and two moments take {gigabytes(16 * total)}"
-        remedy = "use method lora or prefix, or a smaller base"
-        rows.append(Check("memory", "refuse", f"{needed}, {gigabytes(room)} are free", remedy))
-        return None
-    try:
-        return measure(recipe, base, task, items, schedule, before=before, start=start)
-    except (MemoryError, RuntimeError) as error:
-        if not memory_ran_out(error):
-            raise
-        text = f"a trial step ran out of memory with {gigabytes(room)} free"
-        rows.append(Check("memory", "refuse", text, "lower train.micro_batch_tokens or task.max_tokens"))
-        return None
 
 
 def fits(predicted: Prediction, base: Base) -> Check:

@@ -33,6 +33,7 @@ from turret.methods import Head
 from turret.process import environment
 from turret.tasks import Task
 from turret.train.batches import EncodedRows, spread_indices
+from turret.train.evaluation import evaluating
 from turret.transformer import Model
 
 ROWS = 4  # examples in a probe
@@ -40,18 +41,10 @@ TARGET_TOKENS = 16  # of each, at most
 TIMEOUT = 900.0  # seconds
 # The package imports this module, so `python -m` would have it twice.
 FRESH = "import sys; from turret.train.proof import read_back; read_back(sys.argv[1])"
-# The largest difference of an output, divided by the largest output: in float32 by the kinds of the two devices,
+# The largest difference of an output, divided by the largest output: in float32 by the kind of the less exact device,
 # because other libraries sum in another order; in a narrow precision its own rounding is larger than that.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
-TOLERANCE_FLOAT32 = {
-    ("cpu", "cpu"): 1e-5,
-    ("cuda", "cuda"): 1e-4,
-    ("cpu", "cuda"): 1e-4,
-    ("mps", "mps"): 1e-3,
-    ("cpu", "mps"): 1e-3,
-}
-
-
+TOLERANCE_FLOAT32 = {"cpu": 1e-5, "cuda": 1e-4, "mps": 1e-3}
 NAMES: Mapping[torch.dtype, Dtype] = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
@@ -59,17 +52,23 @@ NAMES: Mapping[torch.dtype, Dtype] = {
 }
 
 
+class LoadedBase(TypedDict):
+    """How the fresh process loads the base: arguments of `bases.load`."""
+
+    base: str
+    task: HeadKind
+    num_labels: int | None
+    dtype: Dtype
+    quantization: Quantization
+    device: str
+
+
 class ProofRequest(TypedDict):
     """What the fresh process of a proof loads and compares."""
 
     bundle: str
-    base: str
+    load: LoadedBase
     fingerprint: str
-    dtype: Dtype
-    quantization: Quantization
-    head: HeadKind
-    labels: int | None
-    device: str
     tolerance: float
     threads: int
 
@@ -90,13 +89,8 @@ def probe(model: Model, task: Task, examples: Sequence[Example], rows: int = ROW
     if task.pooling is not None:
         sources = [text.clone() for item in items for text in packed.texts_in((item.source, item.read))]
     targets = [item.target[:TARGET_TOKENS] for item in items if item.target is not None]
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return Probe(sources, targets, answer(model, sources, targets, pooling=task.pooling))
-    finally:
-        model.train(training)
+    with evaluating(model, None):
+        return Probe(sources, targets, answer(model, sources, targets, pooling=task.pooling))
 
 
 def answer(
@@ -128,8 +122,7 @@ def tolerance(dtype: torch.dtype, one: torch.device, other: torch.device) -> flo
     """
     if dtype != torch.float32:
         return TOLERANCE[dtype]
-    first, second = sorted((one.type, other.type))
-    return TOLERANCE_FLOAT32[first, second]
+    return max(TOLERANCE_FLOAT32[one.type], TOLERANCE_FLOAT32[other.type])
 
 
 def make_room(model: Model) -> None:
@@ -169,13 +162,15 @@ def prove(
         save_file({**tensors, "outputs": expected.outputs.contiguous()}, folder / "probe.safetensors")
         request: ProofRequest = {
             "bundle": str(bundle.resolve()),
-            "base": base.id,
+            "load": {
+                "base": base.id,
+                "task": base.head,
+                "num_labels": None if expected.targets else int(expected.outputs.shape[1]),
+                "dtype": NAMES[base.dtype],
+                "quantization": base.quantization,
+                "device": str(device),
+            },
             "fingerprint": base.fingerprint,
-            "dtype": NAMES[base.dtype],
-            "quantization": base.quantization,
-            "head": base.head,
-            "labels": None if expected.targets else int(expected.outputs.shape[1]),
-            "device": str(device),
             "tolerance": tolerance(base.dtype, device, taken_on or device),
             "threads": torch.get_num_threads(),
         }
@@ -336,18 +331,10 @@ def read_back(place: str) -> None:
 def examine(request: ProofRequest, probe: dict[str, Tensor]) -> JsonObject:
     """Load base and bundle, and compare their outputs with the probe's. Returns the report."""
     adapter = bundles.read_bundle(Path(request["bundle"]))
-    base = bases.load(
-        request["base"],
-        task=request["head"],
-        num_labels=request["labels"],
-        dtype=request["dtype"],
-        quantization=request.get("quantization", "none"),
-        device=request["device"],
-        verify=True,  # hash the weights instead of trusting the cached fingerprint
-    )
+    base = bases.load(**request["load"], verify=True)  # hash the weights instead of trusting the cached fingerprint
     if base.fingerprint != request["fingerprint"]:
         given = f"{request['fingerprint'][:19]} became {base.fingerprint[:19]}"
-        return {"problem": f"its base had other weights ({given}): something wrote to {request['base']}"}
+        return {"problem": f"its base had other weights ({given}): something wrote to {request['load']['base']}"}
     expected = Probe(_rows(probe, "source"), _rows(probe, "target"), probe["outputs"])
     return _compare_outputs(base, adapter, expected, request["tolerance"])
 

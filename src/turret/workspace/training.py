@@ -618,7 +618,7 @@ class _Run:
             found = self._run_work(
                 lambda: measure_adapter(ready, fitted, self.callbacks.stage, beside_base=beside_base)
             )
-            ready, fitted = found.ready, found.fitted
+            ready, fitted, done = found.ready, found.fitted, found.fitted.progress
             started = time.perf_counter()
             advice = [*self._advice(ready, fitted), *uncalibrated_note(ready)]
 
@@ -631,12 +631,12 @@ class _Run:
                     parameters=fitted.parameters,
                     timing={
                         "load_seconds": ready.load_seconds,
-                        "train_seconds": fitted.seconds,
-                        "evaluate_seconds": fitted.evaluate_seconds + found.seconds,
+                        "train_seconds": done.seconds,
+                        "evaluate_seconds": done.evaluate_seconds + found.seconds,
                         "proof_seconds": time.perf_counter() - started,
-                        "steps": fitted.steps,
-                        "examples_per_second": fitted.examples / max(fitted.seconds, 1e-9),
-                        "tokens_per_second": fitted.tokens / max(fitted.seconds, 1e-9),
+                        "steps": done.step,
+                        "examples_per_second": done.examples / max(done.seconds, 1e-9),
+                        "tokens_per_second": done.tokens / max(done.seconds, 1e-9),
                     },
                     memory={
                         "base_bytes": ready.base.bytes,
@@ -647,7 +647,7 @@ class _Run:
                     bundle_bytes=version.bytes,
                     run=self.run.id,
                     resumed_from=fitted.resumed_from,
-                    stopped_early=fitted.stopped_early,
+                    stopped_early=done.gave_up,
                     flat_loss=None if fitted.flat_loss is None else fitted.flat_loss.to_json(),
                     warnings=[*([] if fitted.flat_loss is None else [fitted.flat_loss.warning()]), *found.warnings],
                     advice=advice,
@@ -705,7 +705,7 @@ class _Run:
 
     def _advice(self, ready: PreparedTraining, fitted: Fitted) -> list[str]:
         """What would make a better version: a line each."""
-        if fitted.flat_loss is not None or fitted.stopped_early:
+        if fitted.flat_loss is not None or fitted.progress.gave_up:
             return []
         steps, train = every_step(self.store, self.run.id), ready.recipe.train
         if train.keep == "last" and (found := learnt_by_heart(steps)) is not None:
@@ -713,7 +713,7 @@ class _Run:
         if not still_falling(binned_losses([record.loss for record in steps])):
             return []
         longer = f"train.epochs to {2 * (train.epochs or 1)} (now {train.epochs})"
-        if train.max_steps is not None and fitted.steps >= train.max_steps:
+        if train.max_steps is not None and fitted.progress.step >= train.max_steps:
             longer = f"train.max_steps to {2 * train.max_steps} (now {train.max_steps})"
         return [f"the training loss still fell at the last step, so longer training would help: set {longer}"]
 
