@@ -365,9 +365,10 @@ def test_a_template_that_takes_too_much_is_one_line_and_the_next_is_rendered(nam
 @pytest.mark.parametrize("template", [chats.MARKED, chats.UNMARKED, chats.TOOLED, chats.THINKING])
 def test_the_helper_renders_what_this_process_renders(template: str) -> None:
     turns = [turn.message() for turn in (*TURNS, Turn("user", "\ud800 é \U0001f5fc"))]
-    asked = {"template": template, "messages": turns, "tools": None, "answering": True, "special": {}}
-    asked["marks"] = template == chats.MARKED
+    marks = template == chats.MARKED
+    asked = {"conversations": [turns], "tools": None, "chat_template": template, "add_generation_prompt": True}
+    asked["return_assistant_tokens_mask"] = marks
     here = helper({})(asked)
-    there = render_template(template, turns, answering=True, marks=asked["marks"], special={})
+    there = render_template(template, turns, answering=True, marks=marks, special={})
     assert there == (here["text"], [tuple(span) for span in here["spans"]])
     assert there[1] or template != chats.MARKED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from turret.recipe import Recipe
 from turret.train.batches import EncodedRows
 from turret.train.evaluation import evaluate, example_losses
 from turret.train.loop import checksum
-from turret.train.lr_finder import trials
+from turret.train.lr_finder import Trials
 from turret.train.training_plan import FoundRate
 from turret.workspace import Workspace
 
@@ -112,7 +113,7 @@ def test_validation_and_test_examples_are_never_looked_at() -> None:
 
 def test_what_scores_is_not_trained_on() -> None:
     data, on, made = tiny.dataset(train=120), tiny.base("bert"), tiny.recipe(**AUTO)
-    with trials(made, on, tiny.task_of(made, data, on), data.train, steps=10, held=24) as tried:
+    with closing(Trials(made, on, tiny.task_of(made, data, on), data.train, steps=10, held=24)) as tried:
         held, rest = list(tried.held.examples), list(tried.items.examples)
         assert len(held) == 24
         assert sorted(map(repr, [*held, *rest])) == sorted(map(repr, data.train))
@@ -128,7 +129,7 @@ def test_the_losses_of_the_examples_add_up_to_the_loss(kind: Any, family: str) -
     data, made = tiny.dataset(kind, train=40), tiny.recipe()
     on = tiny.base(family, "classify" if kind == "classify" else "generate")
     task = tiny.task_of(made, data, on)
-    with trials(made, on, task, data.train, steps=1, held=4):
+    with closing(Trials(made, on, task, data.train, steps=1, held=4)):
         items = EncodedRows(task, data.train)
         losses, weights = example_losses(on.model, task, items, most_tokens=64)
         metrics, _ = evaluate(on.model, task, items)

@@ -658,10 +658,7 @@ def open_wheel(source: str) -> dict[str, Table]:
 
 
 def _folder(package: str, command: str) -> Path:
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
-        spec = None
+    spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise DataError(f"the data set {package} is not installed: run `{command}`")
     return Path(next(iter(spec.submodule_search_locations)))

@@ -20,12 +20,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import NotRequired, TypedDict
 
 from turret.data import Prompt, Turn
 from turret.data.examples import Message
 from turret.errors import DataError, one_line
-from turret.json_types import Plain
+from turret.json_types import JsonObject, Plain
 from turret.process import Died, HelperProcess
 from turret.tasks.tokens import Tokens
 from turret.tasks.tool_calls import CallFormat
@@ -273,25 +272,6 @@ class ChatTemplate:
 # --- running a template -----------------------------------------------------------------------------------------------
 
 
-class RenderQuestion(TypedDict):
-    """What the helper process renders."""
-
-    template: str
-    messages: list[Message]
-    tools: Plain
-    answering: bool
-    marks: bool
-    special: dict[str, str]
-
-
-class RenderReply(TypedDict):
-    """A rendered text, or what is wrong with the template."""
-
-    error: str | None
-    text: NotRequired[str]
-    spans: NotRequired[list[Span]]
-
-
 def render_template(
     template: str,
     messages: Sequence[Message],
@@ -315,13 +295,13 @@ def render_template(
         raise DataError(
             f"the base's chat template has {len(template)} characters: expected at most {MOST_TEMPLATE}; use another"
         )
-    asked: RenderQuestion = {
-        "template": template,
-        "messages": list(messages),
+    asked: JsonObject = {  # the arguments of `render_jinja_template`
+        **{name: str(token) for name, token in special.items()},
+        "conversations": [list(messages)],
         "tools": tools,
-        "answering": answering,
-        "marks": marks,
-        "special": {name: str(token) for name, token in special.items()},
+        "chat_template": template,
+        "return_assistant_tokens_mask": marks,
+        "add_generation_prompt": answering,
     }
     here = template == PLAIN or sys.platform == "win32"  # where a process cannot wait for a pipe and a clock
     answer = helper({})(asked) if here else _process().ask(asked)
@@ -335,28 +315,21 @@ def render_template(
 
 
 @lru_cache(maxsize=1)
-def _process() -> HelperProcess[RenderQuestion, RenderReply]:
-    made = HelperProcess[RenderQuestion, RenderReply](
+def _process() -> HelperProcess[JsonObject, JsonObject]:
+    made = HelperProcess[JsonObject, JsonObject](
         __name__, {}, SECONDS, MEMORY, "the base's chat template cannot be used"
     )
     atexit.register(made.close)
     return made
 
 
-def helper(_: Mapping[str, Plain]) -> Callable[[RenderQuestion], RenderReply]:
+def helper(_: Mapping[str, Plain]) -> Callable[[JsonObject], JsonObject]:
     """What runs a template, for `turret.process`."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    def answer(asked: RenderQuestion) -> RenderReply:
+    def answer(asked: JsonObject) -> JsonObject:
         try:
-            texts, spans = render_jinja_template(
-                conversations=[asked["messages"]],
-                tools=asked["tools"],
-                chat_template=asked["template"],
-                return_assistant_tokens_mask=asked["marks"],
-                add_generation_prompt=asked["answering"],
-                **asked["special"],
-            )
+            texts, spans = render_jinja_template(**asked)
         except MemoryError:
             return {"error": f"it takes more than {MEMORY >> 20} MiB"}
         except Exception as error:  # a template may raise anything, for example for roles in the wrong order
@@ -364,7 +337,7 @@ def helper(_: Mapping[str, Plain]) -> Callable[[RenderQuestion], RenderReply]:
         text = str(texts[0])
         if len(text) > MOST_RENDERED:
             return {"error": f"it writes {len(text)} characters, expected at most {MOST_RENDERED}"}
-        return {"error": None, "text": text, "spans": list(spans[0]) if asked["marks"] else []}
+        return {"error": None, "text": text, "spans": list(spans[0]) if spans else []}
 
     return answer
 

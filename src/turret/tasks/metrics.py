@@ -8,10 +8,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
+
+import numpy as np
 
 from turret.tasks.shapes import MetricValue
 
@@ -143,13 +144,8 @@ def pearson(one: Sequence[float], other: Sequence[float]) -> float:
 
 def ranks(values: Sequence[float]) -> list[float]:
     """The rank of each value, from 1; equal values have the mean of theirs."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    found = [0.0] * len(values)
-    for _, group in itertools.groupby(enumerate(order, 1), key=lambda each: values[each[1]]):
-        places = list(group)
-        mean = sum(rank for rank, _ in places) / len(places)
-        for _, place in places:
-            found[place] = mean
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    found: list[float] = (np.cumsum(count) - (count - 1) / 2)[place].tolist()
     return found
 
 
