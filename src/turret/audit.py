@@ -25,13 +25,13 @@ class Action:
 
     id: int
     tenant: str
-    adapter: str | None
+    adapter: str | None  # None for an action on a token
     at: str
-    who: str | None
+    who: str | None  # the user, or `token NAME`
     verb: str
     what: str
-    before: Mapping[str, Plain] | None
-    after: Mapping[str, Plain] | None
+    before: JsonObject | None
+    after: JsonObject | None
 
     def as_json(self) -> JsonObject:
         return asdict(self)

@@ -235,18 +235,18 @@ def generated_tokens(answer: Answer) -> int:
     return int(answer.get("tokens") or 0)
 
 
-class Usage(BaseModel):
+class TokenUsage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
-def usage(answers: Sequence[Answer]) -> Usage | None:
+def usage(answers: Sequence[Answer]) -> TokenUsage | None:
     """OpenAI's `usage`; None if the engine does not count prompts."""
     if not all("prompt_tokens" in answer for answer in answers):
         return None
     read, generated = sum(map(prompt_tokens, answers)), sum(map(generated_tokens, answers))
-    return Usage(prompt_tokens=read, completion_tokens=generated, total_tokens=read + generated)
+    return TokenUsage(prompt_tokens=read, completion_tokens=generated, total_tokens=read + generated)
 
 
 async def wait_for_all(pending: Sequence[PendingAnswers]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Literal, TypedDict
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter
 
 from turret.json_types import JsonObject, JsonValue
 from turret.recipe import Recipe
@@ -24,38 +24,17 @@ from turret.store.runs import RunRow
 from turret.tasks import main_metric
 from turret.tasks.shapes import number_in
 from turret.workspace.history import FullRun
+from turret.workspace.inspecting import Inspection
+from turret.workspace.progress import CellState
 from turret.workspace.queueing import ComparisonRequest, Order, SentFiles, SweepOrder, as_spec
 
 MOST_CURVES = 6  # in one plot
+OPEN = ("waiting", "running")  # states of what has not ended
 SENT = re.compile(f"({client_files.ID})(/.*)?")  # the source of a table that was sent before
+INSPECTION = TypeAdapter(Inspection)
 
 
-class DraftTable(BaseModel):
-    name: str
-    columns: list[str] = Field(description="The first ones.")
-    rows: list[list[str]] = Field(description="The first rows, each cell as a text.")
-    splits: dict[str, str] = Field(description="train, validation and test: where the examples come from.")
-
-
-class DraftGuess(BaseModel):
-    kind: str = Field(description="Of the task.")
-    columns: dict[str, str | list[str]] = Field(description="By their roles.")
-    labels: dict[str, int] = Field(description="Classes with their rows, among `rows`.")
-    candidates: list[str] = Field(description="Other columns that may be the label.")
-    rows: int = Field(description="That were looked at.")
-    more: bool = Field(description="Whether the table has more.")
-
-
-class Drafted(BaseModel):
-    name: str | None = Field(description="Of the adapter.")
-    recipe: str | None = Field(description="TOML with comments; null if `problem` says why.")
-    notes: list[str]
-    table: DraftTable
-    guess: DraftGuess | None
-    problem: str | None
-
-
-def draft(view: View, owner: str, source: str, files: Mapping[str, bytes], settings: Mapping[str, str]) -> Drafted:
+def draft(view: View, owner: str, source: str, files: Mapping[str, bytes], settings: Mapping[str, str]) -> Inspection:
     """The draft for a table that a client sends, or has sent before.
 
     Args:
@@ -66,7 +45,7 @@ def draft(view: View, owner: str, source: str, files: Mapping[str, bytes], setti
     with _sent_tables(view, owner, source, files) as (found, tables):
         made = view.services.previews.draft(found, tables, settings)
     made["problem"] = None if made["problem"] is None else without_paths(made["problem"])
-    return Drafted.model_validate(made)
+    return INSPECTION.validate_python(made)
 
 
 # --- comparisons and sweeps -------------------------------------------------------------------------------------------
@@ -138,19 +117,6 @@ class StudyPlan(BaseModel):
         return [row for row in self.rows if row.refused]
 
 
-class StudyCell(BaseModel):
-    key: str
-    title: str = Field(description="The method, or the settings.")
-    state: Literal["waiting", "running", "finished", "failed", "pruned", "cancelled"]
-    seed: int | None
-    share: float = Field(description="Of the training examples.")
-    score: float | None = Field(description="The mean of the metric; higher is better.")
-    seconds: float | None
-    version: str | None
-    run: str | None
-    error: str | None
-
-
 class Study(BaseModel):
     """A comparison or a sweep that workers conduct."""
 
@@ -166,7 +132,7 @@ class Study(BaseModel):
     options: JsonObject
     metric: str = Field(description="Of the scores; empty before the first cell.")
     planned: int | None = Field(description="Cells in all; null before the data is read.")
-    cells: list[StudyCell]
+    cells: list[CellState]
     said: str | None = Field(description="The result in one sentence.")
     report: str | None = Field(description="The key of the report of a comparison.")
     version: str | None = Field(description="That the report says to keep, or of the best trial.")
@@ -176,12 +142,12 @@ class Study(BaseModel):
     @property
     def open(self) -> bool:
         """Whether it waits or runs."""
-        return self.state in ("waiting", "running")
+        return self.state in OPEN
 
     @property
     def done(self) -> int:
         """Cells that have ended."""
-        return sum(each.state not in ("waiting", "running") for each in self.cells)
+        return sum(each.state not in OPEN for each in self.cells)
 
     @property
     def best(self) -> float | None:
@@ -193,11 +159,11 @@ def study_from_row(row: StudyRow) -> Study:
     """A study as a client sees it, from its row in the queue."""
     spec, found = row["spec"], row["result"] or {}
     error = None if row["error"] is None else without_paths(str(row["error"]))
-    cells = [StudyCell(**each) for each in found.get("cells", ())]
-    for each in cells:
-        each.error = None if each.error is None else without_paths(each.error)
-        if row["state"] not in ("waiting", "running") and each.state in ("waiting", "running"):
-            each.state = "cancelled"
+    cells = []
+    for each in found.get("cells", ()):
+        why = None if each["error"] is None else without_paths(each["error"])
+        left = row["state"] not in OPEN and each["state"] in OPEN
+        cells.append(CellState(**each | {"error": why, "state": "cancelled" if left else each["state"]}))
     values: JsonObject = {key: row[key] for key in ("id", "name", "state", "created", "ended", "who")}
     values |= {key: found.get(key) for key in ("planned", "said", "report", "version", "recipe", "missing")}
     values |= {"verb": spec["verb"], "source": spec["sent"], "options": spec["order"]}

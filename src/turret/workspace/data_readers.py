@@ -184,9 +184,9 @@ def helper(about: AboutReader) -> Callable[[ReadQuestion | LookQuestion], Helper
         try:
             if "source" in asked:
                 os.chdir(asked["folder"])
-                most = asked["rows"]
-                found = asdict(sample(asked["source"], most)) if most else None
-                return {"status": 0, "found": found or inspect(asked["source"], asked["settings"]).as_json()}
+                source, most = asked["source"], asked["rows"]
+                found = asdict(sample(source, most)) if most else asdict(inspect(source, asked["settings"]))
+                return {"status": 0, "found": found}
             _read_table(store.with_access(Access(asked["tenant"])), asked)
         except TurretError as error:
             return {"status": status_of(error), "text": str(error)}

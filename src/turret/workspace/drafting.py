@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from turret.data import cells
@@ -19,6 +19,7 @@ from turret.errors import BaseModelError, DataError, NoHeader, SeveralLabels, co
 from turret.json_types import JsonObject, Plain, mapping_of
 from turret.recipe import Recipe, default_base, toml_text
 from turret.tasks import schemas, task_of
+from turret.workspace.inspecting import Guess, Inspection, Sample
 
 CHARACTERS_PER_TOKEN = 3.5  # of Western texts, roughly
 LENGTHS = (64, 128, 256, 512)  # of inputs, in tokens; 512 is the most that common encoders read
@@ -40,43 +41,6 @@ class Draft:
 
     def as_json(self) -> JsonObject:
         return {"name": self.name, "recipe": self.text, "notes": self.notes}
-
-
-@dataclass(frozen=True)
-class Guess:
-    """What was found out about a table: the task, the columns by their roles, the labels with their rows."""
-
-    kind: str  # of the task
-    columns: dict[str, str | list[str]]
-    labels: dict[str, int]
-    candidates: list[str]  # other columns that may be the label, the best first
-    rows: int  # that were looked at
-    more: bool  # whether the table has more
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The first rows of a table, as text, and the splits that a training takes."""
-
-    name: str
-    columns: list[str]
-    rows: list[list[str]]
-    splits: dict[str, str]  # train, validation or test -> where its examples come from
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """A table, and the recipe that is drafted for it."""
-
-    sample: Sample
-    draft: Draft | None  # None: `problem` says why there is none
-    guess: Guess | None
-    problem: str | None = None
-
-    def as_json(self) -> JsonObject:
-        drafted = {"name": None, "recipe": None, "notes": []} if self.draft is None else self.draft.as_json()
-        guess = None if self.guess is None else asdict(self.guess)
-        return {**drafted, "table": asdict(self.sample), "guess": guess, "problem": self.problem}
 
 
 def draft(source: str, *, settings: Mapping[str, str] | None = None) -> Draft:
@@ -111,7 +75,7 @@ def inspect(source: str, settings: Mapping[str, str] | None = None) -> Inspectio
         fit = f"{listed(others, 80)} fit{'s' if len(others) == 1 else ''} as well as {first!r}: choose the label"
         return _inspection(opened, opened.with_label(first), [fit])
     except DataError as error:
-        return Inspection(_sample(opened), None, None, str(error))
+        return Inspection(None, None, [], _sample(opened), None, str(error))
 
 
 def sample(source: str, most: int) -> Sample:
@@ -128,7 +92,7 @@ def _inspection(opened: _Opened, settled: _Opened, doubts: Sequence[str] = ()) -
         roles["label"] = several
     candidates = [each.column for each in seen.candidates]
     guess = Guess(seen.kind, roles, dict(seen.classes), candidates, seen.rows, seen.more)
-    return Inspection(_sample(opened), replace(made, notes=[*doubts, *made.notes]), guess)
+    return Inspection(made.name, made.text, [*doubts, *made.notes], _sample(opened), guess, None)
 
 
 @dataclass(frozen=True)

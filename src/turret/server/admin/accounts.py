@@ -7,12 +7,13 @@ from typing import Annotated
 from fastapi import Path, Query, Request
 from pydantic import BaseModel, Field
 
-from turret.json_types import JsonObject
+from turret.audit import Action
 from turret.server import accounts
 from turret.server.routes import WHOLE, Model, View, router
 from turret.store import AccessToken
 from turret.store.access_tokens import LONGEST, OVERLAP
 from turret.store.jobs import OpenJob
+from turret.store.usage import Usage
 
 control = router("admin")
 Day = Annotated[str | None, Query(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", description="Such as 2026-11-27, in UTC.")]
@@ -23,30 +24,8 @@ Part = Annotated[str | None, Query(min_length=1, max_length=200, description="On
 TokenName = Annotated[str, Path(min_length=1, max_length=100, description="The name of a token.")]
 
 
-class UsageOfDay(BaseModel):
-    tenant: str
-    adapter: str = Field(description="Empty for the bare base.")
-    day: str
-    requests: int
-    answers: int = Field(description="A request with many inputs has many.")
-    prompt_tokens: int
-    completion_tokens: int
-
-
 class UsageList(BaseModel):
-    usage: list[UsageOfDay]
-
-
-class Action(BaseModel):
-    id: int
-    tenant: str
-    adapter: str | None = Field(description="Null for an action on a token.")
-    at: str
-    who: str | None = Field(description="The user, or `token NAME`.")
-    verb: str
-    what: str
-    before: JsonObject | None
-    after: JsonObject | None
+    usage: list[Usage]
 
 
 class AuditLog(BaseModel):
@@ -142,7 +121,7 @@ async def show_usage(
 ) -> UsageList:
     """Requests, answers and tokens by adapter and UTC day, of the last seconds too."""
     found = await view.control(accounts.read_usage, view, request.state.caller, [tenant], since, until)
-    return UsageList(usage=[UsageOfDay(**each.as_json()) for each in found])
+    return UsageList(usage=list(found))
 
 
 @control.get("/api/audit")
@@ -160,7 +139,7 @@ async def show_audit(
     """The control actions of the tenant, the newest first, in pages."""
     filters = {"since": since, "who": who, "verb": verb, "what": what}
     found, more = await view.control(accounts.actions, view, request.state.caller, limit, before, tenant, **filters)
-    return AuditLog(actions=[Action(**each.as_json()) for each in found], before=more)
+    return AuditLog(actions=list(found), before=more)
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from turret.store import Move, fold_comparisons
 from turret.store import Version as StoredVersion
 from turret.store.catalog import now, plain, who
 from turret.store.gates import GateStatus
-from turret.store.panels import MOST_LABELS, MOST_QUESTIONS, Question
+from turret.store.panels import MOST_LABELS, MOST_QUESTIONS, PanelMove, Question
 from turret.tasks import QuestionType
 
 control = router("admin")
@@ -347,30 +347,16 @@ class PanelRequest(Model):
     questions: Annotated[list[AskedQuestion], Field(min_length=1, max_length=MOST_QUESTIONS, fail_fast=True)]
 
 
-class QuestionOfPanel(BaseModel):
-    name: str
-    reference: str
-    type: QuestionType
-    labels: list[str] = Field(description="Of a score from the lowest, of a predicate false and true.")
-    threshold: float | None = Field(description="The least probability of an answer.")
-
-
 class PanelVersion(BaseModel):
     panel: str
     created: str
     who: str | None
     production: bool = Field(description="Whether it was promoted, and the plain name means it.")
-    questions: list[QuestionOfPanel]
+    questions: list[Question]
 
 
 class PanelList(BaseModel):
     panels: list[PanelVersion]
-
-
-class PanelMoved(BaseModel):
-    panel: str = Field(description="The version that the plain name means now.")
-    before: str | None
-    changed: bool
 
 
 @control.get("/api/panels")
@@ -397,12 +383,12 @@ async def show_panel(reference: PanelRef, view: View) -> PanelVersion:
 
 
 @control.post("/api/panels/{reference}/promote")
-async def promote_panel(reference: PanelRef, view: View) -> PanelMoved:
+async def promote_panel(reference: PanelRef, view: View) -> PanelMove:
     """Make a version the one that the plain name means. Requests that have begun keep theirs."""
-    return PanelMoved(**(await view.control(view.workspace.panels.promote, reference)).as_json())
+    return await view.control(view.workspace.panels.promote, reference)
 
 
 @control.post("/api/panels/{name}/rollback")
-async def rollback_panel(name: PanelName, view: View) -> PanelMoved:
+async def rollback_panel(name: PanelName, view: View) -> PanelMove:
     """Go back to the version that was promoted before."""
-    return PanelMoved(**(await view.control(view.workspace.panels.rollback, name)).as_json())
+    return await view.control(view.workspace.panels.rollback, name)

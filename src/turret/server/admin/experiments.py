@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import Body, Path, Query
 from pydantic import BaseModel, Field
 
+from turret.experiments import Recorded
 from turret.experiments import Told as ToldOutcome
 from turret.experiments.outcomes import count_by_status
 from turret.json_types import JsonObject
@@ -49,15 +50,8 @@ Outcome = OutcomeOfAnswer | OutcomeOfUnit
 Told = Outcome | Annotated[list[Outcome], Field(min_length=1, max_length=MOST_OUTCOMES, fail_fast=True)]
 
 
-class BecameOf(BaseModel):
-    status: Literal["counted", "noted", "repeated", "unknown", "late", "refused"]
-    text: str
-    experiment: str | None
-    arm: str | None
-
-
 class Outcomes(BaseModel):
-    outcomes: list[BecameOf] = Field(description="The result of each, in the same order.")
+    outcomes: list[Recorded] = Field(description="The result of each, in the same order.")
     counts: dict[str, int]
 
 
@@ -86,9 +80,7 @@ async def tell(body: Annotated[Told, Body()], view: View) -> Outcomes:
     results = await view.recording(view.record, [_told_outcome(each) for each in many])
     for result in results:
         view.metrics.outcome(result.experiment, result.status)
-    return Outcomes(
-        outcomes=[BecameOf(**result.as_json()) for result in results], counts=dict(count_by_status(results))
-    )
+    return Outcomes(outcomes=results, counts=dict(count_by_status(results)))
 
 
 def _told_outcome(outcome: Outcome) -> ToldOutcome:

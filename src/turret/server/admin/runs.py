@@ -15,9 +15,10 @@ from turret.recipe import Recipe
 from turret.server import trainings
 from turret.server.error_responses import without_paths
 from turret.server.routes import WHOLE, Model, Owner, View, router
-from turret.server.trainings import CompareOptions, Curves, Drafted, Study, StudyPlan, SweepOptions
+from turret.server.trainings import CompareOptions, Curves, Study, StudyPlan, SweepOptions
 from turret.store.jobs import StudyRow
 from turret.store.runs import RunRow
+from turret.workspace.inspecting import Inspection
 from turret.workspace.queueing import Order
 
 control = router("admin")
@@ -67,7 +68,7 @@ class Runs(BaseModel):
 
 
 @control.post("/api/runs/draft")
-async def draft(body: DraftRequest, view: View, owner: Owner) -> Drafted:
+async def draft(body: DraftRequest, view: View, owner: Owner) -> Inspection:
     """Look at a table: its first rows, the task and the columns that they show, and a recipe for them."""
     return await view.preview(trainings.draft, view, owner, body.source, encode_tables(body.files), body.settings)
 

@@ -27,6 +27,7 @@ from turret.server.trainings import SentPlan
 from turret.store.client_files import TABLE
 from turret.tasks import TASKS, Task, main_metric, measure_of
 from turret.workspace.history import FullRun
+from turret.workspace.inspecting import Inspection
 
 router = pages()
 USUAL = next(iter(METHODS_SHOWN))  # method
@@ -168,7 +169,7 @@ async def _look(page: Page, chosen: Chosen, error: TurretError | None = None) ->
     return page.show("train_recipe.html.j2", error=error, **values)
 
 
-async def _draft_recipe(page: Page, chosen: Chosen) -> trainings.Drafted:
+async def _draft_recipe(page: Page, chosen: Chosen) -> Inspection:
     return await page.view.preview(trainings.draft, page.view, page.owner, chosen.source, {}, chosen.as_settings())
 
 
@@ -181,7 +182,7 @@ class Choice:
     several: bool
 
 
-def _columns(task: type[Task], chosen: Chosen, made: trainings.Drafted) -> list[Choice]:
+def _columns(task: type[Task], chosen: Chosen, made: Inspection) -> list[Choice]:
     schema, guessed = task.schema(), {} if made.guess is None else made.guess.columns
     found = []
     for role in schema.roles:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from turret.data import TextPair
 from turret.server import limits
 from turret.server.engines import Input
-from turret.server.questions import Asking, Usage, abstaining, now, usage
+from turret.server.questions import Asking, TokenUsage, abstaining, now, usage
 from turret.server.routes import USER, Model, Name, Text, User, View, router
 from turret.tasks.shapes import Answer
 
@@ -84,7 +84,7 @@ class Classification(BaseModel):
     created: int
     model: str
     data: list[ClassifyData]
-    usage: Usage | None = None
+    usage: TokenUsage | None = None
 
 
 @questions.post("/v1/classify")

@@ -27,7 +27,7 @@ from turret.server import limits
 from turret.server.engines import Input
 from turret.server.error_responses import error_response
 from turret.server.limits import MOST_INPUTS, MOST_TEXT, MOST_TOOLS
-from turret.server.questions import Asker, Asking, PendingAnswers, Question, Update, Usage, admit, now, usage
+from turret.server.questions import Asker, Asking, PendingAnswers, Question, TokenUsage, Update, admit, now, usage
 from turret.server.routes import (
     NO_EFFECT,
     SEVERAL,
@@ -315,7 +315,7 @@ class Completion(BaseModel):
     created: int
     model: str = Field(description="The version that answered, such as name@3.")
     choices: list[CompletionChoice]
-    usage: Usage | None = None
+    usage: TokenUsage | None = None
 
 
 @questions.post("/v1/completions", response_model=Completion, responses=EVENTS)
@@ -542,7 +542,7 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     choices: list[ChatChoice]
-    usage: Usage | None = None
+    usage: TokenUsage | None = None
 
 
 # --- chats ------------------------------------------------------------------------------------------------------------
