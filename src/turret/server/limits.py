@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
@@ -250,51 +250,41 @@ class LimitMiddleware:
         if scope["path"] in OPEN:
             await self.app(scope, receive, send)
             return
-        if self.load.draining:
-            error = Draining("the server is shutting down: send the request to another one, or later")
-            await send_error(error, scope, receive, send)
-            return
         tenant = _tenant(scope)
         uploads = scope["path"] in FILES and scope["method"] == "POST"
+        places = self.load.uploads if uploads else self.load.answering
+        client = self.clients.limited_client(scope.get("client"))
+        most = self.limits.body_bytes_of(scope["method"], scope["path"])
         try:
-            with self.load.place(self.load.uploads if uploads else self.load.answering, tenant):
-                if uploads:
-                    await self._pass_on(scope, receive, send)
-                    return
-                most = self.limits.body_bytes_of(scope["method"], scope["path"])
-                body = _Body(self.limits, most, self.load, self.clients.limited_client(scope.get("client")), tenant)
-                try:
-                    await self._pass(scope, receive, send, body)
-                finally:
-                    body.close()
-        except Busy as error:
+            if self.load.draining:
+                raise Draining("the server is shutting down: send the request to another one, or later")
+            with self.load.place(places, tenant), closing(_Body(self.limits, most, self.load, client, tenant)) as body:
+                passed = await self._check(scope, receive, send, None if uploads else body)
+                if passed is not None:
+                    await self.app(scope, passed, send)
+        except (Busy, Draining) as error:
             await send_error(error, scope, receive, send)
 
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the route read a file, which is larger than other bodies, piece by piece."""
+    async def _check(self, scope: Scope, receive: Receive, send: Send, body: _Body | None) -> Receive | None:
+        """What the route receives. None: the request was refused here, or the client has disconnected.
+
+        Args:
+            body: That is read whole; None for a file, which is larger, and which the route reads piece by piece.
+        """
         headers = {name.lower(): value for name, value in scope["headers"]}
         try:
-            _check_type(headers, MULTIPART)
-            length = headers.get(b"content-length", b"0")
-            if length.isdigit() and (len(length) > 18 or int(length) > self.limits.file_bytes):
-                raise _too_large(self.limits)
-            await self.app(scope, _limit_upload(receive, self.limits), send)
-        except WrongMediaType as error:
-            await send_error(error, scope, receive, send, close=True)
+            if body is None:
+                _check_type(headers, MULTIPART)
+                if _announces_more(headers, self.limits.file_bytes):
+                    raise _too_large(self.limits)
+                return _limit_upload(receive, self.limits)
+            if await body.read(scope, headers, receive):
+                return replay_body(bytes(body.content), receive)
         except TooLarge as error:
             await send_error(error, scope, receive, send, linger=self.limits.linger_seconds)
-
-    async def _pass(self, scope: Scope, receive: Receive, send: Send, body: _Body) -> None:
-        try:
-            content = await body.read(scope, receive)
-        except TooLarge as error:
-            await send_error(error, scope, receive, send, linger=self.limits.linger_seconds)
-            return
         except (TooSlow, WrongMediaType, Busy) as error:
             await send_error(error, scope, receive, send, close=True)
-            return
-        if content is not None:  # None: the client has disconnected
-            await self.app(scope, replay_body(content, receive), send)
+        return None
 
 
 TAKE_BODIES = ("POST", "PUT", "PATCH", "DELETE")
@@ -316,17 +306,16 @@ class _Body:
         self.client, self.tenant = client, tenant
         self.content = bytearray()
 
-    async def read(self, scope: Scope, receive: Receive) -> bytes | None:
-        headers = {name.lower(): value for name, value in scope["headers"]}
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and (len(length) > 18 or int(length) > self.most):
+    async def read(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive) -> bool:
+        """Whether the whole body came; else the client has disconnected."""
+        if _announces_more(headers, self.most):
             raise self._too_large()
         try:
             async with asyncio.timeout(self.limits.body_seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return None
+                        return False
                     self._append(message.get("body", b""))
                     if not message.get("more_body", False):
                         break
@@ -337,7 +326,7 @@ class _Body:
         # Other methods, and other ones than POST where files are sent, have no route: that is 405, whatever the body.
         if self.content and scope["method"] in TAKE_BODIES and scope["path"] not in FILES:
             _check_type(headers, FORM if is_page(scope["path"]) else JSON)
-        return bytes(self.content)
+        return True
 
     def _append(self, piece: bytes) -> None:
         if len(self.content) + len(piece) > self.most:
@@ -360,6 +349,11 @@ class _Body:
         self.load.bodies.free(self.tenant, len(self.content))
         subtract(self.load.bytes_of, self.client, len(self.content))
         self.content = bytearray()
+
+
+def _announces_more(headers: dict[bytes, bytes], most: int) -> bool:
+    length = headers.get(b"content-length", b"0")
+    return length.isdigit() and (len(length) > 18 or int(length) > most)
 
 
 def _check_type(headers: dict[bytes, bytes], expected: str) -> None:
