@@ -27,7 +27,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.routing import Match
 from starlette.types import ASGIApp
-from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from uvicorn.server import ServerState as UvicornState
 
@@ -220,15 +219,11 @@ def check_head(received: bytes, most: int) -> RequestError | None:
 REFUSED_SECONDS = 1.0  # in which the rest of a refused request is dropped, so that the client gets to read why
 
 
-def protocol(limits: RequestLimits, connections: ClientConnections) -> type[asyncio.Protocol]:
-    """The protocol with these limits, as the class that uvicorn expects."""
+class LimitedConfig(uvicorn.Config):
+    """uvicorn's settings, with what `HttpProtocol` needs."""
 
-    class Bound(HttpProtocol):
-        header_seconds, write_seconds = limits.header_seconds, limits.write_seconds
-        header_bytes = limits.header_bytes
-        clients = connections
-
-    return Bound
+    limits: RequestLimits
+    clients: ClientConnections
 
 
 class HeadCheckingConnection(h11.Connection):
@@ -251,10 +246,6 @@ class HttpProtocol(H11Protocol):
     """One connection."""
 
     conn: HeadCheckingConnection
-    header_bytes = 32 << 10
-    header_seconds = 10.0
-    write_seconds = 30.0
-    clients: ClientConnections
     _header_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
     _leave: Callable[[], None] | None = None  # counts the connection out, if it was counted in
@@ -262,19 +253,20 @@ class HttpProtocol(H11Protocol):
 
     def __init__(  # Any: as in H11Protocol
         self,
-        config: Config,
+        config: LimitedConfig,
         server_state: UvicornState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self.conn = HeadCheckingConnection(self.header_bytes)
+        self.limits, self.clients = config.limits, config.clients
+        self.conn = HeadCheckingConnection(self.limits.header_bytes)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in H11Protocol
         super().connection_made(transport)
         opened = transport.get_extra_info("socket")
         if opened is not None and hasattr(socket, "TCP_USER_TIMEOUT"):  # ends a closed connection that nobody reads
-            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.write_seconds * 1000))
+            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.limits.write_seconds * 1000))
         client = self.clients.limited_client(transport.get_extra_info("peername"))
         try:
             self.clients.enter(client)
@@ -301,7 +293,7 @@ class HttpProtocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._write_timer = self._write_timer or self.loop.call_later(self.write_seconds, self.transport.abort)
+        self._write_timer = self._write_timer or self.loop.call_later(self.limits.write_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -321,7 +313,7 @@ class HttpProtocol(H11Protocol):
 
     def _start_header_timer(self) -> None:
         if self._header_timer is None:
-            self._header_timer = self.loop.call_later(self.header_seconds, self._headers_late)
+            self._header_timer = self.loop.call_later(self.limits.header_seconds, self._headers_late)
 
     def _stop_header_timer(self) -> None:
         if self._header_timer is not None:
@@ -337,7 +329,7 @@ class HttpProtocol(H11Protocol):
         self._header_timer = None
         answering = self.cycle is not None and not self.cycle.response_complete
         if not answering and not self.transport.is_closing():
-            self._refuse(TooSlow(f"the headers did not arrive within {self.header_seconds:g} seconds"))
+            self._refuse(TooSlow(f"the headers did not arrive within {self.limits.header_seconds:g} seconds"))
 
     def _refuse(self, error: TurretError, *, linger: bool = False) -> None:
         """Answer with an error, unless an answer has begun, and close the connection."""
@@ -393,21 +385,21 @@ class Server(uvicorn.Server):
     """uvicorn with an end that drains. announce: called once the socket listens."""
 
     def __init__(self, services: Services, announce: Callable[[], None] = lambda: None) -> None:
-        limits, application = services.limits, routes(services)
-        super().__init__(
-            uvicorn.Config(
-                create(services, application),
-                http=protocol(limits, services.clients),
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_keep_alive=30,
-                timeout_graceful_shutdown=5,
-            )
+        application = routes(services)
+        config = LimitedConfig(
+            create(services, application),
+            http=HttpProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=5,
         )
+        config.limits, config.clients = services.limits, services.clients
+        super().__init__(config)
         self.services = services
         logged = LogMiddleware(application, services.log, services.metrics.request, services.clock)
         self._runner = BatchRunner(services, logged)
