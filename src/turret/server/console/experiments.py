@@ -168,7 +168,7 @@ PROMISE = (
 @router.get("/experiments/start")
 async def show_experiment(page: Page, name: Word = "", candidate: Word = "") -> Response:
     """The form that starts an experiment."""
-    return _page(page, "experiment", EXPERIMENT, Form({"name": [name], "candidates": [candidate]}))
+    return _page(page, "experiment", EXPERIMENT, Form({"name": name, "candidates": candidate}))
 
 
 @router.post("/experiments/start")
@@ -190,7 +190,7 @@ async def start_experiment(page: Page, view: View, form: Sent) -> Response:
 @router.get("/adapters/{name}/gates")
 async def show_gates(page: Page, name: Name, alias: Word = PRODUCTION) -> Response:
     """The gates of a name, with a form for another."""
-    return await _gates(page, name, Form({"alias": [alias]}))
+    return await _gates(page, name, Form({"alias": alias}))
 
 
 @router.post("/adapters/{name}/gates")
@@ -308,7 +308,7 @@ def _page(
     **values: JsonValue,
 ) -> Response:
     texts = texts_in(form, fields)
-    if FILLED not in form.names:  # the address says some
-        texts |= {key: form.text(key) for key in form.names if form.text(key)}
+    if FILLED not in form:  # the address says some
+        texts |= {key: form.text(key) for key in form if form.text(key)}
     common: render.Context = {"name": "", "version": "", "gates": (), **values}
     return page.show("decide.html.j2", error=error, **common, fields=fields, texts=texts, said=said, what=what)

@@ -449,7 +449,7 @@ async def _panel(page: Page, form: Form, model: str, kind: Kind | TurretError) -
 def _plan_panel(page: Page, form: Form, model: str, kind: Kind) -> tuple[Panel, Question | None]:
     """The panel before the answer, and the question; None if a conversation is only shown."""
     left_out = (TOKEN, "thread", "code", "model", "table")
-    fields = {name: form.raw(name) for name in form.names if name not in left_out and ":" not in name}
+    fields = {name: form.raw(name) for name in form if name not in left_out and ":" not in name}
     fields["model"] = model
     found = Panel(model, route="stream" if kind.request == "generate" else "answer", fields=fields)
     if mode_of(form) == "chat":
@@ -511,8 +511,8 @@ async def _load(view: View, model: str) -> float | None:
 @router.get("/playground")
 async def show(page: Page) -> Response:
     """The form, with the versions to choose from."""
-    query = page.request.query_params
-    return await _page(page, Form({key: query.getlist(key) for key in ("as", "model") if key in query}))
+    given = page.request.query_params.multi_items()
+    return await _page(page, Form([(key, value) for key, value in given if key in ("as", "model")]))
 
 
 @router.post("/playground")
@@ -554,7 +554,7 @@ async def stream(page: Page, view: View, form: Sent) -> Response:
 @router.post("/playground/file")
 async def upload(page: Page, view: View, form: Sent) -> Response:
     """The form for the rows of a table. Nothing of it is stored."""
-    filled = {"as": ["file"]}
+    filled = {"as": "file"}
     try:
         if form.file is None or not form.file.filename:
             raise BadRequest("no file is chosen: choose a table")
@@ -572,7 +572,7 @@ async def upload(page: Page, view: View, form: Sent) -> Response:
             )
     except TurretError as error:
         return await _page(page, Form(filled), error=error)
-    return await _page(page, Form(filled | {"table": [table]}))
+    return await _page(page, Form(filled | {"table": table}))
 
 
 def _of_table(form: Form, panels: Sequence[Panel]) -> render.Context:
@@ -619,7 +619,7 @@ async def _page(page: Page, form: Form, panels: Sequence[Panel] = (), error: Tur
         "numbers": NUMBERS,
         "generating": any(each.request == "generate" for each in kinds),
         "two": any(each.pairs or each.request == "embed" for each in kinds),
-        "filled": {name: form.raw(name) for name in form.names} | ({"text": ""} if answered and mode == "chat" else {}),
+        "filled": {name: form.raw(name) for name in form} | ({"text": ""} if answered and mode == "chat" else {}),
         "panels": panels,
         "formats": source.SUFFIXES,
         "most_rows": MOST_ROWS,

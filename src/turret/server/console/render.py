@@ -30,7 +30,7 @@ from jinja2 import (
 )
 from markupsafe import Markup, escape
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import Headers, MutableHeaders, UploadFile
+from starlette.datastructures import FormData, Headers, MutableHeaders, UploadFile
 from starlette.types import Message, Scope, Send
 
 from turret import amounts, tasks
@@ -336,20 +336,13 @@ AnyModel = TypeVar("AnyModel", bound=BaseModel)
 _ESCAPED = re.compile(rb"%([0-9A-Fa-f]{2})")
 
 
-class Form:
-    """The fields of one form. A missing field is empty.
-
-    Args:
-        file: the one that the form sends.
-    """
-
-    def __init__(self, fields: Mapping[str, list[str]], file: UploadFile | None = None) -> None:
-        self._fields, self.file = fields, file
+class Form(FormData):
+    """The fields of one form. A missing field is empty."""
 
     @property
-    def names(self) -> Collection[str]:
-        """Of the fields."""
-        return self._fields.keys()
+    def file(self) -> UploadFile | None:
+        """The one that the form sends."""
+        return next((each for _, each in self.multi_items() if isinstance(each, UploadFile) and each.filename), None)
 
     def text(self, name: str) -> str:
         """The last value of a field, without blanks around it."""
@@ -357,10 +350,10 @@ class Form:
 
     def raw(self, name: str) -> str:
         """The last value of a field."""
-        return self._fields.get(name, [""])[-1]
+        return (self.all(name) or [""])[-1]
 
     def all(self, name: str) -> list[str]:
-        return self._fields.get(name, [])
+        return [each for each in self.getlist(name) if isinstance(each, str)]
 
 
 @dataclass(frozen=True)
@@ -414,7 +407,7 @@ def _number(text: str) -> JsonValue:
 
 def texts_in(form: Form, fields: Iterable[Field]) -> dict[str, str]:
     """What a person has written, by name; the first values unless this form was sent."""
-    sent = FILLED in form.names
+    sent = FILLED in form
     return {each.name: form.raw(each.name) if sent else each.value for each in fields}
 
 
@@ -437,7 +430,10 @@ def model_in(form: Form, fields: Iterable[Field], model: type[AnyModel]) -> AnyM
 
 async def read_form_of(request: Request, view: View) -> Form:
     """The form in the body. Raises BadRequest if it is malformed, Forbidden without the session's form token."""
-    form = await (_with_file(request) if request.url.path in FILES else _without_file(request, view))
+    if request.url.path in FILES:
+        form = Form(await read_form(request))
+    else:
+        form = await _without_file(request, view)
     caller: Caller = request.state.caller
     token = request.headers.get("x-form-token") or form.text(TOKEN)
     if not view.services.guard.sessions.is_form_token(caller.session, token):
@@ -453,17 +449,6 @@ async def _without_file(request: Request, view: View) -> Form:
         raise BadRequest(f"the form cannot be read: expected UTF-8 and at most {MOST_FORM_FIELDS} fields") from None
 
 
-async def _with_file(request: Request) -> Form:
-    fields: dict[str, list[str]] = {}
-    file: UploadFile | None = None
-    for name, value in (await read_form(request)).multi_items():
-        if not isinstance(value, UploadFile):
-            fields.setdefault(name, []).append(value)
-        elif value.filename:
-            file = file or value
-    return Form(fields, file)
-
-
 def form_of(content: bytes) -> Form:
     """The form in a body, as browsers encode it. Raises ValueError: too many fields, or not UTF-8.
 
@@ -471,12 +456,8 @@ def form_of(content: bytes) -> Form:
     """
     if content.count(b"&") >= MOST_FORM_FIELDS:
         raise ValueError("too many fields")
-    fields: dict[str, list[str]] = {}
-    for part in content.split(b"&"):
-        name, equals, value = part.partition(b"=")
-        if name or equals:
-            fields.setdefault(_decode_field(name), []).append(_decode_field(value))
-    return Form(fields)
+    parts = (part.partition(b"=") for part in content.split(b"&"))
+    return Form([(_decode_field(name), _decode_field(value)) for name, equals, value in parts if name or equals])
 
 
 def _decode_field(text: bytes) -> str:

@@ -112,7 +112,7 @@ class Chosen:
         """The choices in a form. Columns that were guessed for another task are left out."""
         found: dict[str, str | list[str]] = {}
         other = form.text("task.kind") != form.text("guessed")
-        for key in form.names:
+        for key in form:
             section, _, rest = key.partition(".")
             values = [each for each in map(str.strip, form.all(key)) if each]
             column = section == "data" and rest in _roles()
