@@ -13,7 +13,7 @@ from turret.experiments.experiment import read_split
 from turret.json_types import JsonValue, Plain
 from turret.server import moves
 from turret.server.console import render
-from turret.server.console.render import FILLED, Field, Form, Page, Sent, model_in, pages, require_verb, texts_in
+from turret.server.console.render import FILLED, Field, Form, Page, Sent, model_in, one_of, pages, texts_in
 from turret.server.moves import end_experiment
 from turret.server.routes import View
 from turret.store import Gate
@@ -25,7 +25,7 @@ from turret.workspace.promoting import read_examples
 router = pages()
 Name = Annotated[str, Path(min_length=1, max_length=200)]
 Number = Annotated[int, Path(ge=1, lt=1 << 31)]
-VERBS = ("ramp", "promote", "rollback", "stop")
+Verb = Annotated[str, one_of("ramp", "promote", "rollback", "stop")]
 
 
 @router.get("/experiments")
@@ -72,18 +72,16 @@ def _without_tipping_point(against: Mapping[str, Plain]) -> Mapping[str, Plain]:
 
 
 @router.get("/experiments/{name}/{number}/do/{verb}")
-async def ask(page: Page, view: View, name: Name, number: Number, verb: str, arm: str | None = None) -> Response:
+async def ask(page: Page, view: View, name: Name, number: Number, verb: Verb, arm: str | None = None) -> Response:
     """The dialog that confirms a change."""
-    require_verb(verb, VERBS)
     values = await _values(view, name, number)
     candidates = [each for each in values["status"].analysis.arms if each.arm.role == "candidate" and each.arm.live]
     return page.show("act.html.j2", **values, verb=verb, arm=arm, candidates=candidates)
 
 
 @router.post("/experiments/{name}/{number}/do/{verb}")
-async def act(page: Page, view: View, name: Name, number: Number, verb: str, form: Sent) -> Response:
+async def act(page: Page, view: View, name: Name, number: Number, verb: Verb, form: Sent) -> Response:
     """Ramp, promote, roll back or stop."""
-    require_verb(verb, VERBS)
     if verb == "ramp":
         share = read_split(form.text("share")) if form.text("share") else None
         await view.control(view.workspace.experiment(name, number).ramp, share)

@@ -16,7 +16,7 @@ from turret.experiments.experiment import read_duration
 from turret.server import accounts
 from turret.server.auth import Caller
 from turret.server.console import render, snippets
-from turret.server.console.render import Form, Page, Sent, pages, require_verb
+from turret.server.console.render import Form, Page, Sent, one_of, pages
 from turret.server.questions import now as epoch
 from turret.server.routes import View
 from turret.store import Version
@@ -28,7 +28,7 @@ router = pages()
 Name = Annotated[str, Path(min_length=1, max_length=100)]
 Text = Annotated[str, Query(max_length=200)]
 Before = Annotated[int | None, Query(ge=1, le=1 << 31)]
-VERBS = ("rotate", "revoke")
+Verb = Annotated[str, one_of("rotate", "revoke")]
 FIRST_YEAR = 2000
 DAYS = 30  # of usage, unless a page asks for others
 MOST_DAYS = 3660
@@ -59,9 +59,8 @@ async def create(page: Page, view: View, form: Sent) -> Response:
 
 
 @router.get("/store/tokens/{name}/{verb}")
-async def ask(page: Page, view: View, name: Name, verb: str, tenant: Text = "") -> Response:
+async def ask(page: Page, view: View, name: Name, verb: Verb, tenant: Text = "") -> Response:
     """The dialog that confirms a change of a token."""
-    require_verb(verb, VERBS)
     known = await view.control(lambda: accounts.of(view, page.caller, tenant or None).list())
     found = next((each for each in known if each.name == name), None)
     if found is None:
@@ -70,9 +69,8 @@ async def ask(page: Page, view: View, name: Name, verb: str, tenant: Text = "") 
 
 
 @router.post("/store/tokens/{name}/{verb}")
-async def act(page: Page, view: View, name: Name, verb: str, form: Sent) -> Response:
+async def act(page: Page, view: View, name: Name, verb: Verb, form: Sent) -> Response:
     """Give a token a new secret, and show it once; or revoke it."""
-    require_verb(verb, VERBS)
     tenant, caller = form.text("tenant"), page.caller
     if verb == "revoke":
         await view.control(accounts.revoke, view, caller, name, tenant or None)

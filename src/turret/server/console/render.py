@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, reduce
@@ -29,7 +29,7 @@ from jinja2 import (
     select_autoescape,
 )
 from markupsafe import Markup, escape
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 from starlette.datastructures import FormData, Headers, MutableHeaders, UploadFile
 from starlette.types import Message, Scope, Send
 
@@ -472,10 +472,15 @@ async def _check_writes(request: Request, view: View) -> None:
 Sent = Annotated[Form, Depends(read_form_of)]
 
 
-def require_verb(verb: str, verbs: Collection[str]) -> None:
-    """Raise NotFound unless a path ends in one of these words."""
-    if verb not in verbs:
-        raise NotFound(f"no verb {ascii(verb)[:40]}: expected one of {', '.join(verbs)}")
+def one_of(*verbs: str) -> AfterValidator:
+    """Of a path that ends in one of these words: NotFound for any other."""
+
+    def check(verb: str) -> str:
+        if verb not in verbs:
+            raise NotFound(f"no verb {ascii(verb)[:40]}: expected one of {', '.join(verbs)}")
+        return verb
+
+    return AfterValidator(check)
 
 
 def pages() -> APIRouter:

@@ -21,7 +21,7 @@ from turret.methods import SHOWN as METHODS_SHOWN
 from turret.recipe import AUTO, Recipe, toml_text
 from turret.server import trainings
 from turret.server.console import render
-from turret.server.console.render import Field, Form, Page, Sent, model_in, pages, require_verb, texts_in
+from turret.server.console.render import Field, Form, Page, Sent, model_in, one_of, pages, texts_in
 from turret.server.routes import FileId, View, keep
 from turret.server.trainings import SentPlan
 from turret.store.client_files import TABLE
@@ -267,7 +267,7 @@ RunKey = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 RunId = Annotated[str, Path(min_length=1, max_length=100)]
 Runs = Annotated[list[RunKey], Query(min_length=1, max_length=trainings.MOST_CURVES)]
 Past = Annotated[int, Query(ge=0, le=1 << 62)]
-VERBS = ("cancel", "resume", "delete")
+RunVerb = Annotated[str, one_of("cancel", "resume", "delete")]
 MOST_RUNS = 200  # runs in the list
 MOST_LINES = 200  # of the log
 STALLED_SECONDS = 600.0  # without a step: the run may have been killed
@@ -318,16 +318,14 @@ async def show_log(page: Page, view: View, run_id: RunId, past: Past = 0) -> Res
 
 
 @router.get("/runs/{run_id}/do/{verb}")
-async def ask_about_run(page: Page, view: View, run_id: RunId, verb: str) -> Response:
+async def ask_about_run(page: Page, view: View, run_id: RunId, verb: RunVerb) -> Response:
     """The dialog that confirms a change."""
-    require_verb(verb, VERBS)
     return page.show("run_act.html.j2", run=await view.control(view.workspace.run, run_id), verb=verb)
 
 
 @router.post("/runs/{run_id}/do/{verb}")
-async def act_on_run(page: Page, view: View, run_id: RunId, verb: str) -> Response:
+async def act_on_run(page: Page, view: View, run_id: RunId, verb: RunVerb) -> Response:
     """Cancel a training, let an ended one go on, or delete it."""
-    require_verb(verb, VERBS)
     queue = view.workspace.queue
     await view.control({"cancel": queue.cancel, "resume": queue.resume, "delete": queue.delete}[verb], run_id)
     return page.redirect("/runs" if verb == "delete" else f"/runs/{run_id}")
