@@ -51,7 +51,7 @@ class Running:
         self._opened: list[Any] = []
 
     def start(self) -> Running:
-        self.served.refresh()
+        self.view.refresh()
         self.served.start()
         self._thread.start()
         until = time.monotonic() + 10
@@ -135,7 +135,7 @@ def begin(serve, put, workspace) -> Callable[..., Running]:
         workspace.promote("a@1", "production")
         running = serve(**(engine or {}))
         workspace.experiment("a").start(candidates, **settings)
-        running.served.refresh()
+        running.view.refresh()
         return running
 
     return begin

@@ -28,6 +28,7 @@ from browser import Page, browser
 from server.console_store import BASE, fill, recipe
 
 from turret import LoRA, Workspace
+from turret.access import OPERATOR
 from turret.server.engines import Engines
 from turret.server.logs import Log
 from turret.server.services import Services
@@ -181,7 +182,7 @@ def serving(workspace: Workspace, slots: int = 0) -> Iterator[tuple[str, Service
     listening = bind("127.0.0.1", 0)
     with workspace.engine(BASE) as engine:
         served = Services(workspace, Engines(engine), SamplingParams, log=Log(io.StringIO()))
-        served.refresh()
+        served.view(OPERATOR).refresh()
         server = Server(served)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()

@@ -78,7 +78,7 @@ def break_promise(running: Running, **changes: Any) -> Any:
     """A promise of a@1 that its outcomes break."""
     version = running.workspace.resolve("a@1")
     promise = promised(running.workspace, version, threshold=0.0, **changes)
-    running.served.refresh()
+    running.view.refresh()
     receipt = classify(running.client(), TEXTS, "a@1").headers["turret-receipt"]
     assert tell(running.client(), [(f"{receipt}#{number}", 0) for number in range(40)]) == ["counted"] * 40
     return promise

@@ -212,7 +212,7 @@ def test_each_route_that_changes_something_leaves_a_row_of_who_did_it(serve, wor
         own.promote(version, "production")
     secret = own.tokens.create("t", **words)[1]
     running = serve(pace=0.05)
-    running.served.refresh()
+    running.view.refresh()
     person = Person(running, secret)
     who = "token t" if tenant == "default" else f"token {tenant}/t"
     done = set()

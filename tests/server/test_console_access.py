@@ -62,7 +62,7 @@ def test_a_wrong_token_is_told_in_the_page_and_begins_nothing(serve, workspace) 
         assert got.status_code == 401
         assert 'role="alert"' in got.text
         assert "set-cookie" not in got.headers
-    assert len(running.served.guard.sessions) == 0
+    assert len(running.served.guard.sessions._open) == 0
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_a_revoked_token_ends_its_sessions(serve, workspace) -> None:
     running = serve()
     client = signed_in(running, secret)
     workspace.tokens.revoke("boss")
-    running.served.refresh()
+    running.view.refresh()
     assert client.get("/adapters").status_code == 303
 
 
@@ -142,7 +142,7 @@ def test_sessions_end_by_time_and_by_number_and_are_kept_as_hashes() -> None:
     now[0] = 10.0
     assert sessions.token_hash(first) is None
     others = [sessions.begin(name) for name in ("two", "three")]
-    assert len(sessions) == 2
+    assert len(sessions._open) == 2
     assert [sessions.token_hash(each) for each in others] == ["two", "three"]
     assert [sessions.token_hash(each) for each in (None, "", "nobody")] == [None, None, None]
     assert session_of(f"other=1; {session_cookie('abc', 5, secure=False).split(';')[0]}") == "abc"

@@ -457,7 +457,7 @@ def test_an_experiment_on_one_adapter_places_the_unit_and_counts_its_outcome(ser
     workspace.panels.create("p", {"a": "a", "b": "b"})
     running = serve()
     workspace.experiment("a").start("a@2", share=0.5, guards=Guards(worse_by=None))
-    running.served.refresh()
+    running.view.refresh()
     client, router, seen = running.client(), workspace.router(), set()
     for unit in UNITS:
         found = router.choose(router.running("a"), unit)
@@ -476,7 +476,7 @@ def test_an_alias_that_moves_changes_the_answer_and_a_number_does_not(serve, ver
     put("topic"), put("grade")
     for name in ("topic", "grade"):
         workspace.promote(f"{name}@2", "production")
-    running.served.refresh()
+    running.view.refresh()
     got = ask(client, choice("topic", *LABELS), score("grade", "bad", "good")).json()["answers"]
     assert [each["version"] for each in got] == ["topic@2", "grade@1"]
 

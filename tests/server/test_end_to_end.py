@@ -241,7 +241,7 @@ def test_a_router_reads_under_vllms_names_which_adapters_are_in_memory_and_which
     client, started = generator.running.client(), time.time()
     for version in ("a@1", "a@2"):
         assert client.post("/v1/completions", json={"model": version, "prompt": "x"}).status_code == 200
-    generator.running.served.refresh()
+    generator.running.view.refresh()
     labels, read_at = routed(client)["vllm:lora_requests_info"]
     assert labels["running_lora_adapters"].split(",") == ["a@2", "a@1", "a"]  # a means a@1
     assert (labels["waiting_lora_adapters"], labels["max_lora"]) == ("", "1024")

@@ -53,7 +53,7 @@ def test_a_unit_is_the_same_in_a_header_in_the_body_and_in_every_kind_of_answer(
 def test_only_the_alias_under_experiment_is_routed_and_a_version_never(begin, workspace) -> None:
     running = begin(share=1.0)
     workspace.promote("a@3", "beta")
-    running.served.refresh()
+    running.view.refresh()
     client = running.client()
     for model, version, arm in (
         ("a", "a@2", "candidate"),
@@ -104,14 +104,14 @@ def test_where_an_alias_is_moved_by_a_person_that_is_what_answers(begin, workspa
     client = running.client()
     assert asked(client, "ann").json()["model"] == "a@2"
     workspace.promote("a@3", "production")
-    running.served.refresh()
+    running.view.refresh()
     got = asked(client, "ann")
     assert (got.json()["model"], got.headers["turret-arm"]) == ("a@3", "none")
     shown = client.get("/api/experiments/a").json()["serving"]
     assert shown["in_force"] is False
     assert "a@production names a@3, not the control a@1" in shown["paused"]
     workspace.rollback("a")
-    running.served.refresh()
+    running.view.refresh()
     assert asked(client, "ann").json()["model"] == "a@2"
 
 
@@ -123,7 +123,7 @@ def test_many_answers_are_each_of_the_arm_that_the_receipt_says_while_shares_mov
     for step in range(60):
         if step % 20 == 10:
             other.experiment("a").ramp(0.1 + step / 100)
-            running.served.refresh()
+            running.view.refresh()
         got = asked(client, f"u{step % 30}", "some text")
         version = got.headers["turret-version"]
         assert got.json()["data"][0]["probabilities"] == probabilities(got.headers["turret-digest"], "some text")
@@ -194,7 +194,7 @@ def test_an_arm_that_cannot_be_loaded_is_told_by_its_experiment(put, workspace, 
     running = serve()
     running.engine.broken.add("a@2")
     workspace.experiment("a").start("a@2", share=1.0)
-    running.served.refresh()
+    running.view.refresh()
     shown = running.client().get("/api/experiments/a").json()["serving"]
     assert shown["in_force"] is True
     assert "cannot be mounted: (a file)" in shown["problems"]["candidate"]

@@ -195,7 +195,7 @@ def running(serve, workspace, tmp_path) -> Any:
 @pytest.mark.slow
 def test_control_threads_that_one_tenant_holds(serve, workspace, running) -> None:
     secrets = tokens(workspace)
-    running.served.refresh()
+    running.view.refresh()
     house = House(running.url, secrets)
 
     @contextmanager
@@ -215,9 +215,9 @@ def test_sessions_of_one_token() -> None:
     own = [sessions.begin("one token") for _ in range(1030)]
     assert sessions.token_hash(other) == "another token"
     assert [sessions.token_hash(each) is not None for each in own] == [False] * 998 + [True] * MOST_OF_TOKEN
-    assert len(sessions) == MOST_OF_TOKEN + 1
+    assert len(sessions._open) == MOST_OF_TOKEN + 1
     many = [sessions.begin(f"token {number}") for number in range(1000)]
-    assert len(sessions) == 1024
+    assert len(sessions._open) == 1024
     left = [sessions.token_hash(each) is not None for each in (other, own[-1], *many)]
     assert all(left), "beyond the limit of all sessions, the token with the most loses its oldest ones"
 

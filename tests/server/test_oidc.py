@@ -79,7 +79,7 @@ def test_a_person_gets_the_rights_of_the_token_with_their_name_until_it_is_revok
     assert client.get("/runs").status_code == 303
     oidc_callback(client, "1")
     workspace.tokens.revoke("ann")
-    running.served.refresh()
+    running.view.refresh()
     assert client.get("/runs").status_code == 303
 
 

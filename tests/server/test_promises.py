@@ -144,7 +144,7 @@ def test_while_an_experiment_covers_the_answer_a_number_is_its_outcome_and_a_lab
     for version in versions:
         promised(workspace, version, threshold=0.0)
     client = running.client()
-    running.served.refresh()
+    running.view.refresh()
     answer = client.post("/v1/classify", json={"model": "a", "input": "hello", "user": "ann"})
     receipt, label = answer.headers["turret-receipt"], answer.json()["data"][0]["label"]
     found = client.post("/api/outcomes", json=[{"receipt": receipt, "value": 1}, {"receipt": receipt, "value": label}])

@@ -76,7 +76,7 @@ def admitted(quotas: SharedQuotas, quota: Quota, asked: int) -> int:
 def test_a_token_of_ten_requests_a_minute_gets_ten_over_two_servers(two, where) -> None:
     _, secret = Workspace(where).tokens.create("few", requests_per_minute=10)
     for each in two:
-        each.served.refresh()
+        each.view.refresh()
     clients, started = [each.client(secret) for each in two], time.monotonic()
     codes = [client.post("/v1/classify", json=BODY).status_code for _ in range(8) for client in clients]
     refilled = (time.monotonic() - started) / 6
@@ -155,7 +155,7 @@ def test_a_session_opened_at_one_server_is_one_of_all_and_ends_at_all(two, where
     _, secret = Workspace(where).tokens.create("ann", ["admin"])
     one, other = (each.client() for each in two)
     for each in two:
-        each.served.refresh()
+        each.view.refresh()
     form = one.get("/sign-in").text.partition('name="form_token" value="')[2].partition('"')[0]
     same = {"origin": two[0].url}
     assert one.post("/sign-in", data={"token": secret, "form_token": form}, headers=same).status_code == 303
@@ -184,7 +184,7 @@ def metrics(servers: list[Running]) -> list[str]:
     token = Workspace(servers[0].workspace.store.location).tokens
     _, secret = token.create(f"reader-{time.monotonic_ns()}", ["admin"])
     for each in servers:
-        each.served.refresh()
+        each.view.refresh()
     return [line for each in servers for line in each.client(secret).get("/metrics").text.splitlines()]
 
 
@@ -322,8 +322,8 @@ def ask(urls: str | list[str], post: bool = False, **settings: float) -> list[di
 
 def test_a_client_of_two_servers_goes_to_the_one_that_answers(two, where) -> None:
     _, secret = Workspace(where).tokens.create("client", ["infer", "admin"])
-    two[0].served.refresh()
-    two[1].served.refresh()
+    two[0].view.refresh()
+    two[1].view.refresh()
 
     async def talk() -> None:
         async with AsyncClient(["http://127.0.0.1:9", *(each.url for each in two)], secret) as client:

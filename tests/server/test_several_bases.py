@@ -332,7 +332,7 @@ def two(serve, workspace: Workspace, store_on) -> Running:
 def test_a_token_for_one_base_sees_nothing_of_the_other(two: Running, workspace: Workspace) -> None:
     whole = workspace.tokens.create("whole", ["infer", "admin"])[1]
     limited = workspace.tokens.create("limited", ["infer", "admin"], bases=["other*"])[1]
-    two.served.refresh()
+    two.view.refresh()
     for model in ("here", "there"):
         got = two.client(whole).post("/v1/classify", json={"model": model, "input": "x"})
         assert got.json()["data"][0]["probabilities"] == probabilities(workspace.resolve(model).digest, "x")

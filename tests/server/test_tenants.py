@@ -91,7 +91,7 @@ def strangers(running, workspace: Workspace) -> dict[str, walk.Stranger]:
 
 
 def opened(running, secret: str) -> walk.Stranger:
-    running.served.refresh()
+    running.view.refresh()
     pages, api = signed_in(running, secret), running.client(secret)
     pages.timeout = api.timeout = 120  # a process that reads tables has to start
     return walk.Stranger(api, pages, form_token(pages))
@@ -224,7 +224,7 @@ def test_what_others_have_in_flight_and_in_memory_is_not_counted_for_a_tenant(se
     for seed, tenant in enumerate(("default", "busy", "idle")):
         put_for(tenant, "news", seed)
         clients[tenant] = running.client(workspace.with_access(Access(tenant)).tokens.create("t", ALL)[1])
-    running.served.refresh()
+    running.view.refresh()
     for tenant in ("busy", "default", "idle"):
         assert clients[tenant].post("/v1/classify", json={"model": "news", "input": "x"}).status_code == 200
     slots = {tenant: client.get("/api/loaded").json()["loaded"][0]["slot"] for tenant, client in clients.items()}
@@ -243,7 +243,7 @@ def test_one_name_is_another_adapter_for_each_tenant(serve, workspace, put_for) 
     clients, running = {}, serve()
     for tenant in digests:
         clients[tenant] = running.client(workspace.with_access(Access(tenant)).tokens.create("t", ALL)[1])
-    running.served.refresh()
+    running.view.refresh()
     for tenant, client in clients.items():
         got = client.post("/v1/classify", json={"model": "news", "input": "x"})
         assert (got.status_code, got.headers["turret-digest"]) == (200, digests[tenant])
@@ -263,7 +263,7 @@ def test_an_alias_that_moves_moves_for_its_tenant_alone(serve, workspace, put_fo
             put_for(tenant, "news", seed)
         workspace.with_access(Access(tenant)).promote("news@1", "production")
         clients[tenant] = running.client(workspace.with_access(Access(tenant)).tokens.create("t", ALL)[1])
-    running.served.refresh()
+    running.view.refresh()
     assert clients["a"].post("/api/adapters/news@2/promote", json={"alias": "production"}).status_code == 200
     versions = {}
     for tenant, client in clients.items():
@@ -321,7 +321,7 @@ def test_equal_bytes_of_two_tenants_are_loaded_pinned_and_unloaded_apart(serve, 
     for tenant in ("a", "b"):
         put_for(tenant, "news", 7)
         clients[tenant] = running.client(workspace.with_access(Access(tenant)).tokens.create("t", ALL)[1])
-    running.served.refresh()
+    running.view.refresh()
     assert clients["a"].post("/api/adapters/news@1/pin").status_code == 200
     assert clients["b"].get("/api/loaded").json() == {"loaded": []}
     assert clients["b"].get("/api/adapters/news@1").json()["loaded"] is False
@@ -365,7 +365,7 @@ def test_an_experiment_takes_no_request_and_no_outcome_of_a_token_that_does_not_
     running = serve()
     here, _ = two_names(running, owner, secret)
     for stranger in (limited, workspace.tokens.create("t", ALL)[1]):
-        running.served.refresh()
+        running.view.refresh()
         client = running.client(stranger)
         assert client.post("/v1/classify", json={"model": HERE, "input": "x"}).status_code == 404
         for told in ({"receipt": here["receipt"], "value": 1}, {"unit": "u", "adapter": HERE, "value": 1}):

@@ -142,7 +142,7 @@ def test_an_excel_file_becomes_an_answer_in_ten_clicks(
     if tenant is not None:
         own = running.workspace.with_access(Access(tenant))
         secret = own.tokens.create("boss", ["admin"])[1]
-        running.served.refresh()
+        running.view.refresh()
     person = signed_in_page(chromium, running.url, secret, phone=phone, dark=dark)
     walk(person, tmp_path / FILE)
     assert person.clicks <= MOST_CLICKS

@@ -58,7 +58,7 @@ class House:
     def client(self, tenant: str = "default") -> httpx2.Client:
         workspace = self.workspace.with_access(Access(tenant))
         secret = workspace.tokens.create(f"t{time.monotonic_ns()}", ALL)[1]
-        self.running.served.refresh()
+        self.running.view.refresh()
         return self.running.client(
             secret,
         )
@@ -226,7 +226,7 @@ def test_a_guard_rolls_back_a_candidate_that_vllm_cannot_serve(house: House, tmp
     workspace.store.put("b", save_adapter(tmp_path / "b", house.base, 5))
     workspace.promote("b@1", "production")
     candidate = str(workspace.store.put("b", wide(tmp_path / "wide", house.base)))
-    house.running.served.refresh()
+    house.running.view.refresh()
     workspace.experiment("b").start(candidate, share=0.5, guards=Guards(max_errors=0.02))  # by another process
     until(lambda: client.get("/api/experiments/b").json()["serving"]["in_force"], 60)
     arms: dict[str, set[int]] = {}
@@ -250,7 +250,7 @@ def test_an_experiment_divides_units_and_each_arm_answers_with_its_own_version(h
     client = house.client()
     began = client.post("/api/experiments/a/start", json={"candidates": ["a@2"], "share": 0.5})
     assert began.status_code == 200, began.text
-    house.running.served.refresh()
+    house.running.view.refresh()
     try:
         arms: dict[str, str] = {}
         for unit in range(16):

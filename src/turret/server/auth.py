@@ -138,9 +138,6 @@ class Sessions:
     def is_form_token(self, session: str | None, form_token: str) -> bool:
         return hmac.compare_digest(self.form_token(session), form_token.encode("ascii", "replace").decode())
 
-    def __len__(self) -> int:
-        return len(self._open)
-
 
 def session_of(cookies: str | None) -> str | None:
     """The session in a Cookie header."""

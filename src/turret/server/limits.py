@@ -485,9 +485,6 @@ class Quotas:
         if (bucket := self._fill_buckets(key, quota).get("tokens")) is not None:
             bucket.level = min(bucket.per_minute, level)
 
-    def __len__(self) -> int:
-        return len(self._buckets)
-
     def _fill_buckets(self, key: str, quota: Quota) -> dict[str, _Bucket]:
         now = self._clock()
         limits = {"requests": quota.requests, "tokens": quota.tokens}

@@ -21,7 +21,7 @@ from functools import lru_cache, partial
 from sqlalchemy import select
 
 from turret import process
-from turret.access import DEFAULT, OPERATOR, Access
+from turret.access import DEFAULT, Access
 from turret.audit import Mark, NewestActions
 from turret.database import Database, adapters, seen_adapters, seen_versions, versions
 from turret.engine import SamplingParams, Ticket
@@ -379,10 +379,6 @@ class Services:
             self.tenant(access.tenant)
 
     # --- following the store ------------------------------------------------------------------------------------------
-
-    def refresh(self) -> None:
-        """Follow tokens once, and the aliases and experiments of the tenant `default`."""
-        self.view(OPERATOR).refresh()
 
     @property
     def ready(self) -> bool:
