@@ -16,12 +16,13 @@ from functools import partial
 from typing import Annotated, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from fastapi import Depends, Header, Request, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from turret.access import DEFAULT
 from turret.data import Prompt, TextPair
 from turret.engine import Done, Event, Failed, Piece, Receipt, SamplingParams, Ticket
 from turret.errors import Cancelled, DeadlineExceeded, Disconnected, NotFound, TurretError
+from turret.json_types import JsonObject
 from turret.server.auth import Caller, access_of
 from turret.server.engines import Input
 from turret.server.limits import MOST_UNIT, Quota
@@ -117,6 +118,10 @@ class PendingAnswers:
         if cut := sum(ticket.cut for ticket in self.tickets):
             headers["turret-truncated"] = str(cut)
         return {key: value for key, value in headers.items() if value is not None}
+
+    def reply(self, kind: str, asked: str) -> JsonObject:
+        """The values of a `Reply`. asked: the model of the request."""
+        return {"id": f"{kind}-{self.id}", "created": now(), "model": self.model or asked}
 
     @property
     def seconds(self) -> float:
@@ -233,6 +238,14 @@ def prompt_tokens(answer: Answer) -> int:
 
 def generated_tokens(answer: Answer) -> int:
     return int(answer.get("tokens") or 0)
+
+
+class Reply(BaseModel):
+    """What the answers of OpenAI's API have in common."""
+
+    id: str
+    created: int
+    model: str = Field(description="The version that answered, such as name@3.")
 
 
 class TokenUsage(BaseModel):

@@ -79,12 +79,15 @@ class FileObject(BaseModel):
     status: Literal["processed"] = "processed"
 
 
-class Files(BaseModel):
+class ListPage(BaseModel):
     object: Literal["list"] = "list"
-    data: list[FileObject]
     first_id: str | None
     last_id: str | None
     has_more: bool
+
+
+class Files(ListPage):
+    data: list[FileObject]
 
 
 class DeletedFile(BaseModel):
@@ -239,12 +242,8 @@ class BatchObject(BaseModel):
     metadata: dict[str, str] | None = None
 
 
-class BatchList(BaseModel):
-    object: Literal["list"] = "list"
+class BatchList(ListPage):
     data: list[BatchObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 @questions.post("/v1/batches")

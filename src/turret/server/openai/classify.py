@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from turret.data import TextPair
 from turret.server import limits
 from turret.server.engines import Input
-from turret.server.questions import Asking, TokenUsage, abstaining, now, usage
+from turret.server.questions import Asking, Reply, TokenUsage, abstaining, usage
 from turret.server.routes import USER, Model, Name, Text, User, View, router
 from turret.tasks.shapes import Answer
 
@@ -78,11 +78,8 @@ class ClassifyData(BaseModel):
     )
 
 
-class Classification(BaseModel):
-    id: str
+class Classification(Reply):
     object: Literal["list"] = "list"
-    created: int
-    model: str
     data: list[ClassifyData]
     usage: TokenUsage | None = None
 
@@ -102,9 +99,7 @@ async def classify(body: ClassifyRequest, view: View, asker: Asking) -> Classifi
     pending, answers = await asker.answers("classify", body, inputs, options)
     abstains = await abstaining(view, pending, answers)
     return Classification(
-        id=f"classify-{pending.id}",
-        created=now(),
-        model=pending.model or body.model,
+        **pending.reply("classify", body.model),
         data=[_data(index, answer, abstains) for index, answer in enumerate(answers)],
         usage=usage(answers),
     )

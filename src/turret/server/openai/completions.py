@@ -27,7 +27,7 @@ from turret.server import limits
 from turret.server.engines import Input
 from turret.server.error_responses import error_response
 from turret.server.limits import MOST_INPUTS, MOST_TEXT, MOST_TOOLS
-from turret.server.questions import Asker, Asking, PendingAnswers, Question, TokenUsage, Update, admit, now, usage
+from turret.server.questions import Asker, Asking, PendingAnswers, Question, Reply, TokenUsage, Update, admit, usage
 from turret.server.routes import (
     NO_EFFECT,
     SEVERAL,
@@ -211,8 +211,7 @@ async def _chain_updates(first: Update, rest: AsyncIterator[Update]) -> AsyncIte
 async def _lines(
     view: View, body: Generation, chunks: Chunks, pending: PendingAnswers, updates: AsyncIterator[Update]
 ) -> AsyncIterator[str]:
-    head = {"id": f"{chunks.prefix}-{pending.id}", "object": chunks.kind, "created": now()}
-    head["model"] = pending.model or body.model
+    head = pending.reply(chunks.prefix, body.model) | {"object": chunks.kind}
     begun: set[int] = set()
     try:
         async for update in updates:
@@ -309,11 +308,8 @@ class CompletionChoice(BaseModel):
     finish_reason: str | None
 
 
-class Completion(BaseModel):
-    id: str
+class Completion(Reply):
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str = Field(description="The version that answered, such as name@3.")
     choices: list[CompletionChoice]
     usage: TokenUsage | None = None
 
@@ -344,8 +340,7 @@ async def complete(body: CompletionRequest, view: View, asker: Asking) -> Comple
         )
         for index, answer in enumerate(given)
     ]
-    model = pending.model or body.model
-    return Completion(id=f"cmpl-{pending.id}", created=now(), model=model, choices=choices, usage=usage(answers))
+    return Completion(**pending.reply("cmpl", body.model), choices=choices, usage=usage(answers))
 
 
 def most_probable(answers: Sequence[Answer], times: int, count: int) -> list[Answer]:
@@ -536,11 +531,8 @@ class ChatChoice(BaseModel):
     finish_reason: str | None
 
 
-class ChatCompletion(BaseModel):
-    id: str
+class ChatCompletion(Reply):
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
     choices: list[ChatChoice]
     usage: TokenUsage | None = None
 
@@ -574,10 +566,7 @@ async def chat(body: ChatRequest, view: View, asker: Asking) -> ChatCompletion |
         message, reason = assistant_message(answer["text"], answer["finish_reason"], tools)
         found = chat_logprobs(reports_in(answer)) if body.logprobs else None
         choices.append(ChatChoice(index=index, message=message, logprobs=found, finish_reason=reason))
-    model = pending.model or body.model
-    return ChatCompletion(
-        id=f"chatcmpl-{pending.id}", created=now(), model=model, choices=choices, usage=usage(answers)
-    )
+    return ChatCompletion(**pending.reply("chatcmpl", body.model), choices=choices, usage=usage(answers))
 
 
 def assistant_message(text: str, finish_reason: str | None, tools: ToolCalls | None) -> tuple[ChatMessage, str | None]:

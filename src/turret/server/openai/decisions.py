@@ -19,7 +19,7 @@ from turret.engine.request import Ask
 from turret.errors import AdapterError, BadRequest, NotFound, listed, shown
 from turret.json_types import JsonObject, Plain
 from turret.server import limits
-from turret.server.questions import Asker, Asking, PendingAnswers, abstaining, now, promise_of, prompt_tokens
+from turret.server.questions import Asker, Asking, PendingAnswers, Reply, abstaining, now, promise_of, prompt_tokens
 from turret.server.routes import NO_EFFECT, USER, WHOLE, Model, Name, Text, User, View, router
 from turret.store.panels import MOST_LABELS, MOST_QUESTIONS, Panel, decisions_of
 from turret.tasks import Decision, QuestionType, chances
@@ -622,11 +622,8 @@ class Diagnostics(BaseModel):
     untrained: bool | None = Field(None, description="True: a base answered, and nothing was learnt for the question.")
 
 
-class SystemDecided(BaseModel):
-    id: str
+class SystemDecided(Reply):
     object: Literal["structured_decision"] = "structured_decision"
-    created: int
-    model: str
     answers: dict[str, JsonObject]
     usage: SystemUsage
     diagnostics: dict[str, Diagnostics]

@@ -20,7 +20,7 @@ from turret.errors import BadRequest, TurretError
 from turret.families.family import Pooling
 from turret.server import limits
 from turret.server.engines import Input
-from turret.server.questions import Asker, Asking, PendingAnswers, Question, now, prompt_tokens, scores_pairs
+from turret.server.questions import Asker, Asking, PendingAnswers, Question, Reply, prompt_tokens, scores_pairs
 from turret.server.routes import USER, WHOLE, Model, Name, Text, Texts, Tokens, User, View, inputs_in, router
 from turret.tasks import Embedding
 from turret.tasks.shapes import Answer
@@ -90,11 +90,8 @@ class EmbeddingData(BaseModel):
     embedding: list[float] | str
 
 
-class Embeddings(BaseModel):
-    id: str
+class Embeddings(Reply):
     object: Literal["list"] = "list"
-    created: int
-    model: str = Field(description="The version that answered, such as name@3.")
     data: list[EmbeddingData]
     usage: EmbeddingUsage
 
@@ -105,11 +102,8 @@ class Score(BaseModel):
     score: float
 
 
-class Scores(BaseModel):
-    id: str
+class Scores(Reply):
     object: Literal["list"] = "list"
-    created: int
-    model: str
     scoring: Scoring
     data: list[Score]
     usage: EmbeddingUsage
@@ -146,9 +140,7 @@ async def embed(body: EmbeddingRequest, asker: Asking) -> Embeddings:
     """One vector for each text, of the base or of an adapter. A text gets no template, only the special tokens."""
     vectors, pending, usage = await _vectors(asker, body, inputs_in(body.input), body.embedding())
     return Embeddings(
-        id=f"embd-{pending.id}",
-        created=now(),
-        model=pending.model or body.model,
+        **pending.reply("embd", body.model),
         data=[
             EmbeddingData(index=index, embedding=base64_vector(vector) if body.encoding_format == "base64" else vector)
             for index, vector in enumerate(vectors)
@@ -168,9 +160,7 @@ async def score(body: ScoreRequest, asker: Asking) -> Scores:
     pairs = list(zip(first if len(first) > 1 else first * len(second), second, strict=True))
     scores, scoring, pending, usage = await _scores(asker, body, pairs)
     return Scores(
-        id=f"score-{pending.id}",
-        created=now(),
-        model=pending.model or body.model,
+        **pending.reply("score", body.model),
         scoring=scoring,
         data=[Score(index=index, score=each) for index, each in enumerate(scores)],
         usage=usage,
