@@ -366,11 +366,13 @@ def test_every_task_offers_its_own_columns(client, kind) -> None:
 
 
 def test_columns_of_another_task_are_dropped_and_several_are_a_list() -> None:
-    chosen = {"task.kind": ["questions"], "guessed": ["questions"], "data.label": ["a", "b"], "method": ["peft:VERA"]}
-    form = train_pages.Form({**chosen, "data.test": ["0.1"], "other": ["x"], "form_token": ["x"], "source": ["s"]})
+    chosen = [("task.kind", "questions"), ("data.label", "a"), ("data.label", "b"), ("method", "peft:VERA")]
+    chosen.append(("data.test", "0.1"))
+    others = [("other", "x"), ("form_token", "x"), ("source", "s")]
+    form = train_pages.Form([*chosen, ("guessed", "questions"), *others])
     settings = {"task.kind": "questions", "data.label": '["a", "b"]', "data.test": "0.1"}
     assert Chosen.of(form).as_settings() == settings | {"method.kind": "peft", "method.peft_type": "VERA"}
-    form = train_pages.Form({**chosen, "guessed": ["classify"], "data.test": ["0.1"]})
+    form = train_pages.Form([*chosen, ("guessed", "classify")])
     assert "data.label" not in Chosen.of(form).as_settings()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
 
@@ -76,8 +76,7 @@ class CompareOptions(Model):
 
     def order(self) -> Order:
         """For `turret.workspace.studying`."""
-        values = self.model_dump() | {"fractions": tuple(self.fractions)}
-        return ComparisonRequest(**values)
+        return ComparisonRequest(**self.model_dump() | {"fractions": tuple(self.fractions)})
 
 
 class SweepOptions(Model):
@@ -195,21 +194,10 @@ def submit_study(view: View, owner: str, recipe: Recipe, files: Mapping[str, byt
 # --- plans and trainings ----------------------------------------------------------------------------------------------
 
 
-class SentPlan(TypedDict):
-    """A plan of a recipe. toml: the filled recipe."""
-
-    recipe: JsonObject
-    plan: JsonObject
-    notes: list[str]
-    toml: str
-
-
-def plan(view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes]) -> SentPlan:
-    """The plan of a recipe for such a table."""
+def plan(view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes]) -> JsonObject:
+    """The plan of a recipe for such a table: `recipe`, `plan`, `notes`, and the filled recipe as `toml`."""
     with _sent_data(view, owner, recipe, files) as (recipe, tables, own):
-        found: JsonValue = view.services.previews.plan(view.workspace.store, recipe, tables, own)
-        planned: SentPlan = found
-        return planned
+        return view.services.previews.plan(view.workspace.store, recipe, tables, own)
 
 
 def submit(view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes], priority: int = 0) -> RunRow | StudyRow:

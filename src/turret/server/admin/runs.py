@@ -80,8 +80,7 @@ async def plan(body: PlanRequest, view: View, owner: Owner) -> JsonObject:
     `toml` is the recipe with every default filled in. The worker that takes the training plans it again.
     """
     recipe = await view.parsing(Recipe.from_toml, body.recipe)
-    planned = await view.preview(trainings.plan, view, owner, recipe, encode_tables(body.files))
-    return {**planned}
+    return await view.preview(trainings.plan, view, owner, recipe, encode_tables(body.files))
 
 
 @control.post("/api/runs")

@@ -16,6 +16,7 @@ from pydantic import StringConstraints
 
 from turret.data import source as tables
 from turret.errors import BadRequest, NotFound, TurretError
+from turret.json_types import JsonObject
 from turret.methods import METHODS
 from turret.methods import SHOWN as METHODS_SHOWN
 from turret.recipe import AUTO, Recipe, toml_text
@@ -23,7 +24,6 @@ from turret.server import trainings
 from turret.server.console import render
 from turret.server.console.render import Field, Form, Page, Sent, model_in, one_of, pages, texts_in
 from turret.server.routes import FileId, View, keep
-from turret.server.trainings import SentPlan
 from turret.store.client_files import TABLE
 from turret.tasks import TASKS, Task, main_metric, measure_of
 from turret.workspace.history import FullRun
@@ -246,7 +246,7 @@ async def start(page: Page, view: View, form: Sent) -> Response:
 
 
 def _plan_page(
-    page: Page, text: str, source: str, planned: SentPlan | None, error: TurretError | None = None
+    page: Page, text: str, source: str, planned: JsonObject | None, error: TurretError | None = None
 ) -> Response:
     checks = sorted(planned["plan"]["checks"] if planned else [], key=lambda each: LEVELS.index(each["level"]))
     values = {

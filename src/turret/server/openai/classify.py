@@ -106,12 +106,8 @@ async def classify(body: ClassifyRequest, view: View, asker: Asking) -> Classifi
 
 
 def _data(index: int, answer: Answer, abstains: Sequence[bool] | None) -> ClassifyData:
-    if "value" in answer:
-        return ClassifyData(index=index, value=answer["value"])
-    if "spans" in answer:
-        return ClassifyData.model_validate({"index": index, "spans": answer["spans"]})
-    if "answers" in answer:
-        return ClassifyData.model_validate({"index": index, "answers": answer["answers"]})
+    if found := {key: value for key, value in answer.items() if key in ("value", "spans", "answers")}:
+        return ClassifyData.model_validate({"index": index, **found})
     probabilities = answer["probabilities"]
     return ClassifyData(
         index=index,

@@ -547,12 +547,9 @@ CALL_ID = 9  # characters: what templates that check the ids of calls ask for
 async def chat(body: ChatRequest, view: View, asker: Asking) -> ChatCompletion | StreamingResponse:
     """Continue a conversation with the assistant's next message."""
     ignored = unknown_keys(view, body)
-    await admit(view, asker.request)  # before the messages are tokenized
-    called = body.tools and body.tool_choice != "none"
-    tools = await view.parsing(ToolCalls, view, body) if called else None
     times = body.n or 1
-    prompts = repeat_prompts([await view.parsing(prompt, view, body)], times)
-    own = None if tools is None else await view.parsing(tools.constraint)
+    asked, tools, own = await read_chat(asker, body)
+    prompts = repeat_prompts([asked], times)
     if own is not None and await view.parsing(constraint_of, body) is not None:
         raise BadRequest("two constraints: a required call of a tool has its own, leave response_format out")
     most = body.max_completion_tokens or body.max_tokens
@@ -567,6 +564,16 @@ async def chat(body: ChatRequest, view: View, asker: Asking) -> ChatCompletion |
         found = chat_logprobs(reports_in(answer)) if body.logprobs else None
         choices.append(ChatChoice(index=index, message=message, logprobs=found, finish_reason=reason))
     return ChatCompletion(**pending.reply("chatcmpl", body.model), choices=choices, usage=usage(answers))
+
+
+async def read_chat(asker: Asker, body: ChatRequest) -> tuple[Input, ToolCalls | None, Constraint | None]:
+    """The messages as one prompt, the calls that the answer may hold, and what a required call must look like."""
+    view = asker.view
+    await admit(view, asker.request)  # before the messages are tokenized
+    called = body.tools and body.tool_choice != "none"
+    tools = await view.parsing(ToolCalls, view, body) if called else None
+    asked = await view.parsing(prompt, view, body)
+    return asked, tools, None if tools is None else await view.parsing(tools.constraint)
 
 
 def assistant_message(text: str, finish_reason: str | None, tools: ToolCalls | None) -> tuple[ChatMessage, str | None]:

@@ -19,7 +19,7 @@ from turret.server import limits
 from turret.server.error_responses import error_response
 from turret.server.openai import completions
 from turret.server.openai.completions import ChatRequest, ToolCalls, ToolName
-from turret.server.questions import Asking, PendingAnswers, Update, admit, generated_tokens, now, prompt_tokens
+from turret.server.questions import Asking, PendingAnswers, Update, generated_tokens, now, prompt_tokens
 from turret.server.routes import NO_EFFECT, USER, WHOLE, Model, Name, Text, User, View, router
 from turret.tasks.shapes import Answer
 
@@ -383,16 +383,12 @@ questions = router("infer")
 async def respond(body: ResponseRequest, view: View, asker: Asking) -> ResponseObject | StreamingResponse:
     """Answer a text or messages, also by calls of tools. Files and stored responses are not offered: they are 400."""
     chat = _chat(body)
-    await admit(view, asker.request)  # before the messages are tokenized
-    called = chat.tools and chat.tool_choice != "none"
-    tools = await view.parsing(ToolCalls, view, chat) if called else None
-    prompts = [await view.parsing(completions.prompt, view, chat)]
-    own = None if tools is None else await view.parsing(tools.constraint)
+    asked, tools, own = await completions.read_chat(asker, chat)
     options = await completions.options_of(view, chat, chat.max_tokens, 1, constraint=own)
     output = ResponseOutput(view, body, tools)
     if body.stream:
-        return await completions.stream_events(asker, body, prompts, options, output.events)
-    pending, (answer,) = await asker.answers("generate", body, prompts, options)
+        return await completions.stream_events(asker, body, [asked], options, output.events)
+    pending, (answer,) = await asker.answers("generate", body, [asked], options)
     return output.whole(pending, answer, output.items(pending, answer))
 
 
