@@ -1,8 +1,8 @@
-"""Makes the catalogs of new stores in a test session by the statements that the migrations gave for the first one.
+"""Makes the catalogs of new stores in a test session by the statements that the first one took.
 
-The migrations take a tenth of a second of processor time for each new store, a fifth of the whole time of many tests.
-Only a new store is made so: an older one is migrated as ever. `tests/test_database.py` runs the migrations themselves,
-and holds the result of both to be the same.
+That takes a tenth of a second of processor time for each new store, a fifth of the whole time of many tests.
+Only a new store is made so: an older one is migrated as ever. `tests/test_database.py` makes catalogs as users do, and
+holds the result of both to be the same.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class RecordedMigrations:
     """Stands for `turret.database._migrate` in tests.
 
     Attributes:
-        run: runs the migrations.
+        run: makes or migrates the catalog.
     """
 
     def __init__(self) -> None:

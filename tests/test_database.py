@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,7 @@ from turret.store import JobQueue, Store
 from turret.store.batches import WHOLE_FILE, Batches
 
 MIGRATIONS = Path(db.__file__).parent / "migrations"
+OLDER = Path(__file__).parent / "fixtures" / "v0_1"  # catalogs of the first format that is read
 
 
 def test_the_numbers_of_the_schema_are_the_first_and_the_newest_migration() -> None:
@@ -48,22 +51,60 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, new_url: Callable[...,
 
 @pytest.fixture(autouse=True)
 def migrations(recorded_migrations, monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests run the migrations themselves."""
+    """These tests make and migrate the catalogs themselves."""
     monkeypatch.setattr(db, "_migrate", recorded_migrations.run)
 
 
-def test_the_migrations_make_exactly_the_tables_that_the_code_uses(place) -> None:
+@pytest.mark.parametrize("older", [True, False])
+def test_a_new_and_a_migrated_catalog_have_exactly_the_tables_that_the_code_uses(place, older) -> None:
+    if older:
+        _older(place, OLDEST)
     with Database.open_catalog(place).reading() as connection:
         assert compare_metadata(MigrationContext.configure(connection), db.metadata) == []
 
 
-def test_other_tests_have_exactly_the_catalogs_that_the_migrations_make(
+def test_a_new_and_a_migrated_catalog_have_the_same_of_everything(tmp_path: Path, new_url: Callable[..., str]) -> None:
+    """Tables, indexes, constraints, triggers and functions, by their names."""
+    of_sqlite = "SELECT type, name FROM sqlite_master ORDER BY 1, 2"
+    of_postgres = (
+        "SELECT 'column', table_name || '.' || column_name,"
+        " concat(data_type, collation_name, column_default, is_nullable)"
+        " FROM information_schema.columns WHERE table_schema = 'public' UNION ALL "
+        "SELECT 'index', indexname, indexdef FROM pg_indexes WHERE schemaname = 'public' UNION ALL "
+        "SELECT 'constraint', conname, pg_get_constraintdef(oid) FROM pg_constraint"
+        " WHERE connamespace = 'public'::regnamespace UNION ALL "
+        "SELECT 'trigger', tgname, pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal UNION ALL "
+        "SELECT 'function', proname, prosrc FROM pg_proc WHERE pronamespace = 'public'::regnamespace ORDER BY 1, 2"
+    )
+    for query, new, old in (
+        (of_sqlite, tmp_path / "new.db", tmp_path / "old.db"),
+        (of_postgres, Location.parse(new_url(str(tmp_path / "new"))), Location.parse(new_url(str(tmp_path / "old")))),
+    ):
+        _older(old, OLDEST)
+        Database.open_catalog(old)
+        Database.open_catalog(new)
+        found = _execute(new, query)
+        assert len(found) > 90
+        assert found == _execute(old, query)
+
+
+def test_another_program_s_table_in_a_new_catalog_s_database_is_refused(place) -> None:
+    """It would be taken for a table of the catalog, and nothing is left of the others."""
+    _execute(place, "CREATE TABLE usage (day INTEGER)")
+    with pytest.raises(StoreError, match=r"usage.* already exists"):
+        Database.open_catalog(place)
+    assert _execute(place, "SELECT * FROM usage") == []
+    with pytest.raises(Exception, match="adapters"):
+        _execute(place, "SELECT * FROM adapters")
+
+
+def test_other_tests_have_exactly_the_catalogs_that_the_code_makes(
     tmp_path: Path, new_url: Callable[..., str], recorded_migrations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PostgreSQL's tables are compared above; SQLite keeps the statements that made everything."""
     made = []
-    for name in ("migrations", "recorded once", "recorded twice"):
-        if name != "migrations":
+    for name in ("made", "recorded once", "recorded twice"):
+        if name != "made":
             monkeypatch.setattr(db, "_migrate", recorded_migrations)
         Database.open_catalog(tmp_path / name)
         found = _execute(tmp_path / name, "SELECT type, name, coalesce(sql, '') FROM sqlite_master ORDER BY name")
@@ -93,7 +134,19 @@ def test_a_newer_schema_is_refused_with_both_numbers_and_untouched(place) -> Non
     assert _execute(place, "SELECT version_num FROM alembic_version") == [("0999",)]
 
 
-def _upgraded(place: Path | Location, number: str) -> None:
+def _older(place: Path | Location, number: str) -> None:
+    """Make an empty catalog of an earlier format."""
+    if isinstance(place, Path):
+        with closing(sqlite3.connect(f"file:{OLDER / 'store' / 'turret.db'}?immutable=1", uri=True)) as kept:
+            made = kept.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY type = 'table' DESC")
+            statements = [str(sql) for (sql,) in made]
+    else:
+        rows = r"^(INSERT INTO|COMMENT ON|SELECT pg_catalog\.setval).*?;$|^\\\w+ \w+$"
+        dump = (OLDER / "catalog" / "dump.sql").read_text()
+        statements = [re.sub(rows, "", dump, flags=re.MULTILINE | re.DOTALL)]
+    for statement in statements:
+        _execute(place, statement)
+    _execute(place, f"INSERT INTO alembic_version VALUES ('{OLDEST}')")
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     with db._server(place).transaction(writes=True) as connection:
@@ -103,7 +156,7 @@ def _upgraded(place: Path | Location, number: str) -> None:
 
 def _first_format(place: Path | Location) -> None:
     """A store in the first format that is read, with a name, two versions and an alias."""
-    _upgraded(place, OLDEST)
+    _older(place, OLDEST)
     for statement in (
         "INSERT INTO adapters (id, name, last_number, created) VALUES (1, 'a', 2, 'then')",
         "INSERT INTO versions VALUES (1, 1, 1, 'sha256:1', 'then', NULL, 5, '{}', '{}', NULL)",
@@ -134,7 +187,7 @@ def test_an_older_store_is_brought_up_to_date_when_it_is_opened(place) -> None:
 def test_versions_that_comparisons_of_an_earlier_format_trained_are_recognised_in_a_folder(tmp_path) -> None:
     """By the runs in their results. A version that was there before, or was promoted, stays one of its own."""
     path = tmp_path / "turret.db"
-    _upgraded(path, "0012")
+    _older(path, OLDEST)
     _execute(path, "INSERT INTO adapters (id, tenant, name, last_number, created) VALUES (1, 'default', 'a', 4, '')")
     for number, run in enumerate(("own", "cell-1", "cell-2", "cell-3"), 1):
         _execute(
@@ -274,7 +327,7 @@ def _execute(place: Path | Location, statement: str) -> list[tuple[object, ...]]
 @pytest.mark.parametrize("state", ["waiting", "running", "failed"])
 def test_what_waits_in_the_queue_of_an_earlier_format_goes_on_in_its_turn(place, state) -> None:
     """Trainings and batches, with their priorities, tries and logs. Who had a turn last comes last."""
-    _upgraded(place, "0016")
+    _older(place, "0016")
     run = "INSERT INTO runs (id, name, state, recipe_digest, data_digest, created, tenant) VALUES"
     entry = "INSERT INTO queue (run, tenant, priority, tries, queued, started, due, who, recipe, beside) VALUES"
     for id, tenant, started in (("one", "legal", "'2'"), ("two", "sales", "'1'"), ("three", "sales", "NULL")):

@@ -1,6 +1,7 @@
 """The tables of the catalog, and `Database`, which gives connections to them, each limited to what its tenant may see.
 
-The schema has the number `SCHEMA`; each change of it is a new Alembic file in `migrations/versions`:
+A new catalog is made of the tables below. Their schema has the number `SCHEMA`; each change of it is also a new Alembic
+file in `migrations/versions`, which brings an older catalog up to date:
 
 - `adapters`: a row per tenant and name; `last_number` is the last number given out, so no number is used twice
 - `versions`: a row per stored version, never changed; `manifest` and `metrics` are JSON; `comparison` is the folder of
@@ -383,6 +384,19 @@ audit = Table(
     Column("before", JSON),
     Column("after", JSON),
 )
+_REFUSED = "the audit log is append-only"
+_KEEP_AUDIT = {  # dialect -> statements after those that make the tables
+    "sqlite": (
+        f"CREATE TRIGGER audit_keeps_update BEFORE UPDATE ON audit BEGIN SELECT RAISE(ABORT, '{_REFUSED}'); END",
+        f"CREATE TRIGGER audit_keeps_delete BEFORE DELETE ON audit BEGIN SELECT RAISE(ABORT, '{_REFUSED}'); END",
+    ),
+    "postgresql": (
+        "CREATE FUNCTION turret_audit_keeps() RETURNS trigger LANGUAGE plpgsql AS"
+        f" $$ BEGIN RAISE EXCEPTION '{_REFUSED}'; END $$",
+        "CREATE TRIGGER audit_keeps BEFORE UPDATE OR DELETE OR TRUNCATE ON audit"
+        " FOR EACH STATEMENT EXECUTE FUNCTION turret_audit_keeps()",
+    ),
+}
 leases = Table(
     "leases",
     metadata,
@@ -745,13 +759,20 @@ def _schema_of(connection: Connection) -> str | None:
 
 
 def _migrate(connection: Connection) -> None:
+    """Make the tables of a new catalog, or bring an older one up to date."""
     from alembic import command  # slow to import, and needed only for a new or an older store
     from alembic.config import Config
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    if _schema_of(connection) is None:
+        metadata.create_all(connection, checkfirst=False)  # another program's table of the same name is an error
+        for statement in _KEEP_AUDIT[connection.dialect.name]:
+            connection.exec_driver_sql(statement)
+        command.stamp(config, "head")
+    else:
+        command.upgrade(config, "head")
 
 
 @contextmanager
