@@ -277,6 +277,14 @@ def environment(*, store: bool = False) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name in PASSED or name.startswith(prefixes)}
 
 
+def kill_child(child: subprocess.Popen[str]) -> None:
+    """Kill a child, and what it has started: it leads a session of its own."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+    child.kill()
+
+
 # --- helper processes -------------------------------------------------------------------------------------------------
 # A process for work that may end or block a process: a line of JSON in, one out, with limits of time and memory.
 #

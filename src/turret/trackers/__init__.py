@@ -12,10 +12,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, TypeAlias, TypedDict, final
+from typing import Literal, NamedTuple, Protocol
 
 from turret.errors import RecipeError
-from turret.json_types import JsonObject
 
 # --- tracker ----------------------------------------------------------------------------------------------------------
 # The protocol of a tracker, and the data about a run that it gets. Loads no tracking library.
@@ -58,41 +57,6 @@ class Tracker(Protocol):
         Args:
             summary: the final metrics, and the version and its digest if one was stored.
         """
-
-
-# --- messages ---------------------------------------------------------------------------------------------------------
-# What the training tells the process of a tracker.
-
-
-@final
-class StartMessage(TypedDict):
-    """The fields of a `TrackedRun`."""
-
-    start: JsonObject
-
-
-@final
-class LogMessage(TypedDict):
-    """Steps with their values."""
-
-    log: list[Point]
-
-
-class Finish(TypedDict):
-    """How a run ended."""
-
-    state: State
-    summary: dict[str, float | str]
-
-
-@final
-class FinishMessage(TypedDict):
-    """The end of a run."""
-
-    finish: Finish
-
-
-Message: TypeAlias = StartMessage | LogMessage | FinishMessage
 
 
 # --- table ------------------------------------------------------------------------------------------------------------

@@ -11,10 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-from tensorboard.compat.proto.tensor_pb2 import TensorProto
-from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
-from tensorboard.plugins.text.plugin_data_pb2 import TextPluginData
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from turret.trackers import Point, State, TrackedRun
@@ -57,9 +55,4 @@ class TensorBoard:
 
     def _text(self, name: str, text: str, step: int) -> None:
         """Add a text for the plugin of that name, as `tf.summary.text` does."""
-        shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
-        tensor = TensorProto(dtype="DT_STRING", string_val=[text.encode()], tensor_shape=shape)
-        content = TextPluginData(version=0).SerializeToString()
-        metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text", content=content))
-        found = [Summary.Value(tag=f"{name}/text_summary", metadata=metadata, tensor=tensor)]
-        self._add(Event(summary=Summary(value=found)), step)
+        self._add(Event(summary=text_pb(f"{name}/text_summary", text)), step)

@@ -9,19 +9,22 @@ import contextlib
 import importlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeAlias
 
 from turret.errors import one_line
-from turret.trackers import TRACKERS, Entry, Message, Point, State, TrackedRun, Tracker
+from turret.json_types import Plain
+from turret.process import kill_child
+from turret.trackers import TRACKERS, Entry, Point, State, TrackedRun, Tracker
+
+Message: TypeAlias = Sequence[Plain]  # a method of `Tracker` and its arguments, for the process of a tracker
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class TrackerProcess:
     def __init__(self, at: str, run: TrackedRun, log: Path, patience: Patience) -> None:
         self._patience = patience
         self._changed = threading.Condition()
-        self._messages: deque[Message] = deque([{"start": asdict(run)}])
+        self._messages: deque[Message] = deque([("start", asdict(run))])
         self._points: deque[Point] = deque()
         self._lost = 0  # steps that were dropped
         self._ending: float | None = None  # when the end began
@@ -96,7 +99,10 @@ class TrackerProcess:
         process = self._process
         if process is None:
             return
-        self._kill(process)
+        if process.poll() is None:
+            kill_child(process)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(KILL_SECONDS)
         self._thread.join(KILL_SECONDS)  # it read from the process that has just ended
         for stream in (process.stdin, process.stdout):
             if stream is not None and not self._thread.is_alive():
@@ -107,7 +113,7 @@ class TrackerProcess:
         """Queue the end of the run. Never waits."""
         with self._changed:
             self._ending = time.monotonic()
-            self._messages.append({"finish": {"state": state, "summary": dict(summary)}})
+            self._messages.append(("finish", state, dict(summary)))
             self._changed.notify()
 
     def wait(self) -> None:
@@ -137,7 +143,7 @@ class TrackerProcess:
             self._busy_since = None
             if error is not None:
                 self._fail(error)
-            elif "finish" in message:
+            elif message[0] == "finish":
                 return
             elif points:
                 self._seconds_per_point = (time.monotonic() - started) / points
@@ -149,7 +155,7 @@ class TrackerProcess:
                 self._changed.wait()
             if self._problem is not None:
                 return None
-            if self._messages and "start" in self._messages[0]:
+            if self._messages and self._messages[0][0] == "start":
                 return self._messages.popleft(), 0
             late = self._ending is not None and time.monotonic() - self._ending > self._patience.end_seconds / 2
             if late:  # the end is worth more than the last steps
@@ -159,7 +165,7 @@ class TrackerProcess:
                 return self._messages.popleft(), 0
             most = int(BATCH_SECONDS / self._seconds_per_point) if self._seconds_per_point else 1
             count = min(len(self._points), max(1, min(most, MOST_AT_ONCE)))
-            return {"log": [self._points.popleft() for _ in range(count)]}, count
+            return ("log", [self._points.popleft() for _ in range(count)]), count
 
     def _ask(self, message: Message) -> str | None:
         """Send a message and wait for its answer. Returns what went wrong."""
@@ -180,18 +186,6 @@ class TrackerProcess:
             self._problem = self._problem or problem
             self._points.clear()
             self._changed.notify_all()
-
-    def _kill(self, process: subprocess.Popen[str]) -> None:
-        """End the process, if it still runs, and those that it started."""
-        if process.poll() is not None:
-            return
-        with contextlib.suppress(OSError):
-            if hasattr(os, "killpg"):
-                os.killpg(process.pid, signal.SIGKILL)
-            else:
-                process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(KILL_SECONDS)
 
 
 class Tracking:
@@ -253,8 +247,8 @@ class Tracking:
 def main(at: str, messages: TextIO, answers: TextIO) -> None:
     """Read messages from stdin, call the tracker, and answer each one on stdout: `… tracking MODULE:CLASS`.
 
-    A message is a line of JSON with one key: `start` (the fields of a `TrackedRun`), `log` (a list of steps with their
-    values) or `finish` (a state and a summary). An answer is `{}`, or `{"error": "..."}`, after which the process ends.
+    A message is a line of JSON: `["start", <the fields of a TrackedRun>]`, `["log", <steps with their values>]` or
+    `["finish", <state>, <summary>]`. An answer is `{}`, or `{"error": "..."}`, after which the process ends.
     If stdin ends first, the training was killed, and the run is marked as interrupted.
 
     What the tracker's library prints goes to stderr, which is a file of the run.
@@ -262,28 +256,21 @@ def main(at: str, messages: TextIO, answers: TextIO) -> None:
     tracker: Tracker | None = None
     try:
         for line in messages:
-            message: Message = json.loads(line)
-            if "start" in message:
+            verb, *given = json.loads(line)
+            if verb == "start":
                 module, _, name = at.partition(":")
                 tracker = getattr(importlib.import_module(module), name)()
-            assert tracker is not None, "the first message is start"
-            _carry_out(tracker, message)
+                given = [TrackedRun(**given[0])]
+            elif verb == "log":
+                given = [[Point(step, values) for step, values in given[0]]]
+            getattr(tracker, verb)(*given)
             _answer(answers, {})
-            if "finish" in message:
+            if verb == "finish":
                 return
         if tracker is not None:
             tracker.finish("interrupted", {})
     except Exception as error:  # whatever a tracker's library raises
         _answer(answers, {"error": one_line(f"{type(error).__name__}: {error}", 160)})
-
-
-def _carry_out(tracker: Tracker, message: Message) -> None:
-    if "start" in message:
-        tracker.start(TrackedRun(**message["start"]))
-    elif "log" in message:
-        tracker.log([Point(step, values) for step, values in message["log"]])
-    else:
-        tracker.finish(message["finish"]["state"], message["finish"]["summary"])
 
 
 def _answer(answers: TextIO, value: dict[str, str]) -> None:

@@ -39,7 +39,7 @@ from turret.errors import (
 )
 from turret.json_types import JsonObject, Plain
 from turret.location import Location
-from turret.process import environment
+from turret.process import environment, kill_child
 from turret.recipe import Recipe
 from turret.store import JobQueue, Store
 from turret.store.jobs import Job
@@ -188,14 +188,6 @@ def failure_of(status: int, lines: Sequence[str]) -> Failure:
             status,
         )
     return Failure(lines[-1] if lines else f"its process ended with status {status}", status)
-
-
-def kill_child(child: subprocess.Popen[str]) -> None:
-    """Kill a child, and what it has started: it leads a session of its own."""
-    if hasattr(os, "killpg"):
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.pid, signal.SIGKILL)
-    child.kill()
 
 
 def _span(seconds: float) -> str:

@@ -33,6 +33,7 @@ from turret import process
 from turret.access import ANY
 from turret.database import CELL, STUDY
 from turret.errors import BadLocation, Interrupted, LeaseLost, NotFound, RecipeError, StoreError
+from turret.process import kill_child
 from turret.recipe import AUTO, Recipe
 from turret.store import JobQueue, Store, leases
 from turret.store.jobs import WORK, CellSpec, Entry, Job, StudySpec
@@ -50,7 +51,6 @@ from turret.workspace.child_process import (
     TrainerRequest,
     WorkerRequest,
     failure_of,
-    kill_child,
     never,
     run_child,
     silence,
