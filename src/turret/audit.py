@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from sqlalchemy import ColumnElement, Connection, func, insert, select, true
 
 from turret.database import Database, access_of, adapters, audit, seen_adapters
 from turret.errors import StoreError
-from turret.json_types import JsonObject, Plain
+from turret.json_types import AsJson, Plain
 
 
 @dataclass(frozen=True)
-class Action:
+class Action(AsJson):
     """One row of the audit log. id: its number among those that may be seen, so it tells nothing of the others."""
 
     id: int
@@ -32,9 +32,6 @@ class Action:
     what: str
     before: JsonObject | None
     after: JsonObject | None
-
-    def as_json(self) -> JsonObject:
-        return asdict(self)
 
 
 def record(

@@ -22,7 +22,7 @@ from turret.experiments.guarding import Detector, Watch
 from turret.experiments.outcomes import CountedOutcome
 from turret.experiments.rows import ArmHealth, Event
 from turret.experiments.validity import Validity
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import AsJson, JsonMapping, JsonObject
 from turret.statistics import capped_e_value, log_mean
 
 # --- decide -----------------------------------------------------------------------------------------------------------
@@ -163,15 +163,12 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Since:
+class Since(AsJson):
     """The outcomes after a verdict."""
 
     outcomes: int
     difference: float | None  # in the metric's units
     turned: bool  # they have reversed the verdict
-
-    def as_json(self) -> JsonObject:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from turret.database import assignments, experiments, outcomes, seen_experiments
 from turret.errors import BadExperiment
 from turret.experiments import assign, rows
 from turret.experiments.experiment import Experiment, lasting, seconds_between
-from turret.json_types import JsonObject, Plain
+from turret.json_types import AsJson, Plain
 from turret.timestamp import to_minute
 
 Status = Literal["counted", "noted", "repeated", "unknown", "late", "refused"]
@@ -34,7 +34,7 @@ AT_ONCE = 500  # values in one query
 
 
 @dataclass(frozen=True)
-class Recorded:
+class Recorded(AsJson):
     """The result of recording an outcome."""
 
     status: Status
@@ -45,9 +45,6 @@ class Recorded:
     @property
     def kept(self) -> bool:
         return self.status in ("counted", "noted")
-
-    def as_json(self) -> JsonObject:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 
 from turret.database import access_of, adapters, golden_gates, golden_sets, replays, seen_adapters
 from turret.errors import BadReference, Corrupt, DataError, GateFailed, NotFound, ReplayNeeded
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import AsJson, JsonMapping, JsonObject
 from turret.store import catalog
 from turret.store.blobs import digest_of
 from turret.store.catalog import Version, now, plain_object
@@ -153,7 +153,7 @@ class GoldenFailure(TypedDict):
 
 
 @dataclass(frozen=True)
-class GoldenReplay:
+class GoldenReplay(AsJson):
     """The result of a set on a version."""
 
     golden: str
@@ -164,9 +164,6 @@ class GoldenReplay:
 
     def __str__(self) -> str:
         return f"{name_of(self.golden)} {self.passed} of {self.total}"
-
-    def as_json(self) -> JsonObject:
-        return asdict(self)
 
 
 def name_of(digest: str) -> str:

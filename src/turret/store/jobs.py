@@ -34,7 +34,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, final
 
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, or_, select, update
@@ -56,7 +56,7 @@ from turret.database import (
 )
 from turret.database import leases as lease_rows
 from turret.errors import InUse, NotFound, QueueFull, RecipeError
-from turret.json_types import JsonMapping, JsonObject, JsonValue, Plain
+from turret.json_types import AsJson, JsonMapping, JsonObject, JsonValue, Plain
 from turret.store import leases
 from turret.store.blobs import digest_of
 from turret.store.catalog import now, plain, who
@@ -154,7 +154,7 @@ class JobState(TypedDict):
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(AsJson):
     """A job that this process has taken."""
 
     id: str
@@ -166,10 +166,6 @@ class Job:
     kind: str = TRAINING
     spec: CellSpec | StudySpec | None = None  # of a cell or a study
     died: bool = False  # the process that had it before has died
-
-    def as_json(self) -> JsonObject:
-        """The job as a worker gives it to its process."""
-        return asdict(self)
 
     @classmethod
     def of(cls, value: JsonMapping) -> Job:

@@ -25,7 +25,7 @@ from turret.database import (
     seen_adapters,
 )
 from turret.errors import AdapterError, BadArgument, BadReference, DataError, InUse, NotFound, listed, shown
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import AsJson, JsonMapping, JsonObject
 from turret.reference import Reference, check_name
 from turret.store import catalog
 from turret.store.catalog import PRODUCTION, now, who
@@ -113,15 +113,12 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class PanelMove:
+class PanelMove(AsJson):
     """A move of a panel's `production`."""
 
     panel: str  # the version that the plain name means now, such as "tickets@2"
     before: str | None
     changed: bool
-
-    def as_json(self) -> JsonObject:
-        return asdict(self)
 
 
 class Panels:

@@ -41,7 +41,7 @@ from turret.database import audit as actions
 from turret.database import promise_answers as answers
 from turret.database import promise_outcomes as outcomes
 from turret.errors import BundleError, NotFound
-from turret.json_types import JsonObject, Plain, mapping_of
+from turret.json_types import AsJson, Plain, mapping_of
 from turret.manifest import Manifest, lineage_in, task_in
 from turret.store.catalog import Version, now, who
 from turret.tasks.calibration import Sureness
@@ -179,7 +179,7 @@ ALARM_KEPT = timedelta(days=1)  # an alarm that could not be sent for so long is
 
 
 @dataclass(frozen=True)
-class Alarm:
+class Alarm(AsJson):
     """What a receiver is told.
 
     Args:
@@ -200,9 +200,6 @@ class Alarm:
     why: str
     did: str
     at: str
-
-    def as_json(self) -> JsonObject:
-        return asdict(self)
 
 
 def unsent(connection: Connection) -> Sequence[Alarm]:
@@ -295,7 +292,7 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Promise(Terms):
+class Promise(Terms, AsJson):
     """A promise in force. `broken` is when its outcomes broke it, and `verdict` what they said then."""
 
     id: int
@@ -304,9 +301,6 @@ class Promise(Terms):
     who: str | None
     broken: str | None
     verdict: Mapping[str, Plain] | None
-
-    def as_json(self) -> JsonObject:
-        return asdict(self)
 
 
 class LoggedAnswer(NamedTuple):

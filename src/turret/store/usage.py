@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from sqlalchemy import ColumnElement, Connection, Row, delete, insert, or_, select, tuple_, update
@@ -28,7 +28,7 @@ from turret.database import (
     upsert,
     usage,
 )
-from turret.json_types import JsonObject
+from turret.json_types import AsJson, JsonObject
 from turret.store.leases import clock
 
 # --- flushes ----------------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ COLUMNS = ("tenant", "adapter", "day", *COUNTS)
 
 
 @dataclass(frozen=True)
-class Usage:
+class Usage(AsJson):
     """What one adapter of a tenant answered on one day."""
 
     tenant: str
@@ -86,9 +86,6 @@ class Usage:
     answers: int  # a request with many inputs has many
     prompt_tokens: int
     completion_tokens: int
-
-    def as_json(self) -> JsonObject:
-        return asdict(self)
 
 
 class UsageLog:

@@ -19,7 +19,7 @@ from turret.data.memory import short_source
 from turret.errors import AdapterError, Corrupt, DataError, NotFound, TurretError, counted
 from turret.experiments.experiment import MISSING_BOUND, OUTCOME_TTL, check_missing, check_ttl
 from turret.experiments.outcomes import Recorded
-from turret.json_types import JsonMapping, JsonObject, Plain
+from turret.json_types import AsJson, JsonMapping, JsonObject, Plain
 from turret.recipe import Recipe
 from turret.reference import Reference
 from turret.store import Store, Version, promises
@@ -111,7 +111,7 @@ InputState = Literal["alike so far", "drifted", "not watched"]
 
 
 @dataclass(frozen=True)
-class InputStanding:
+class InputStanding(AsJson):
     """Whether live texts are like the examples that a promise was chosen on.
 
     Args:
@@ -127,9 +127,6 @@ class InputStanding:
     evidence: float = 1.0
     needed: float | None = None
     since: str | None = None
-
-    def as_json(self) -> JsonObject:
-        return asdict(self)
 
 
 NOT_WATCHED = InputStanding("not watched", "no embeddings of its examples are kept: make the promise again")

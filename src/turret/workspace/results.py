@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from turret.amounts import size, span
 from turret.data.memory import short_source
 from turret.errors import one_line
-from turret.json_types import JsonObject
+from turret.json_types import AsJson, JsonObject
 from turret.manifest import FlatLossSpec
 from turret.notebook import Cell, Table, as_html, class_table, mark_level, metrics_table
 from turret.tasks.shapes import Metrics, SplitMetrics
@@ -23,7 +23,7 @@ MISTAKES = 5  # that an evaluation shows in a notebook
 
 
 @dataclass(frozen=True)
-class RunResult:
+class RunResult(AsJson):
     """A finished training and the version it made."""
 
     version: str  # "sentiment@1"
@@ -57,9 +57,6 @@ class RunResult:
         }
         warnings = [mark_level("warn", each) for each in self.warnings]
         return as_html(self.version, facts, metrics_table(self.metrics), *warnings, notes=self.notes)
-
-    def as_json(self) -> JsonObject:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -139,7 +136,7 @@ class PanelEvaluation:
 
 
 @dataclass(frozen=True)
-class Predicted:
+class Predicted(AsJson):
     """The answers to a table, written to a file."""
 
     version: str
@@ -153,9 +150,6 @@ class Predicted:
     notes: list[str] = field(default_factory=list)
     to_a_person: int | None = None  # answers below the threshold of the version's promise; None without a promise
 
-    def as_json(self) -> JsonObject:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Suggestion:
@@ -168,7 +162,7 @@ class Suggestion:
 
 
 @dataclass(frozen=True)
-class Suggested:
+class Suggested(AsJson):
     """The rows of a table to label next."""
 
     version: str
@@ -189,9 +183,6 @@ class Suggested:
         table = Table(("row", "predicted", "confidence", *self.columns), rows)
         return as_html(self.version, {"rows": f"{self.rows:,}", "time": span(self.seconds)}, table, notes=self.notes)
 
-    def as_json(self) -> JsonObject:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Planned:
@@ -209,7 +200,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Imported:
+class Imported(AsJson):
     """An adapter from outside that is now a stored version."""
 
     version: str
@@ -223,12 +214,9 @@ class Imported:
     bundle_bytes: int
     notes: list[str] = field(default_factory=list)  # what was read, guessed or renamed
 
-    def as_json(self) -> JsonObject:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class Merged:
+class Merged(AsJson):
     """A version that was merged from several others."""
 
     version: str
@@ -240,12 +228,9 @@ class Merged:
     bundle_bytes: int
     notes: list[str] = field(default_factory=list)
 
-    def as_json(self) -> JsonObject:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class Exported:
+class Exported(AsJson):
     """A version written as a folder for other tools."""
 
     version: str
@@ -256,12 +241,9 @@ class Exported:
     notes: list[str] = field(default_factory=list)  # how to load it
     warnings: list[str] = field(default_factory=list)  # what another tool does not do, or what is missing
 
-    def as_json(self) -> JsonObject:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class Pushed:
+class Pushed(AsJson):
     """A version that is now in a repository of the Hub."""
 
     version: str
@@ -276,9 +258,6 @@ class Pushed:
     files: dict[str, int]  # name -> bytes
     notes: list[str] = field(default_factory=list)  # how to load it
     warnings: list[str] = field(default_factory=list)  # what another tool does not do, or what is missing
-
-    def as_json(self) -> JsonObject:
-        return asdict(self)
 
 
 def _short(value: str | list[str], most: int = 60) -> str:
