@@ -1,15 +1,29 @@
-"""OpenMP waiting and garbage collection of a `turret` process, and the environment of its subprocesses."""
+"""OpenMP waiting and garbage collection of a `turret` process, the environment of its subprocesses, and helpers."""
 
 from __future__ import annotations
 
 import gc
 import os
+import resource
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
-from turret.process import FULL_COLLECTION_EVERY, OPENMP_VARIABLES, SPIN, environment, wait_briefly
+from turret.process import (
+    FULL_COLLECTION_EVERY,
+    OPENMP_VARIABLES,
+    SPIN,
+    Died,
+    HelperProcess,
+    environment,
+    wait_briefly,
+)
 
 COMMAND = """
 import os, sys
@@ -71,3 +85,53 @@ def test_the_variables_of_a_gpu_reach_the_processes_that_use_it(monkeypatch: pyt
         monkeypatch.setenv(name, value)
     assert given.items() <= environment().items()
     assert not {"CCACHE", "SECRET"} & environment().keys()
+
+
+@pytest.fixture
+def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HelperProcess[str, str]]:
+    """One that answers with the question, or with a part of an answer if the question is empty."""
+    program = (
+        "import sys, time\n"
+        "def answer(asked):\n"
+        "    if asked: return asked\n"
+        "    sys.stdout.buffer.write(b'[1, 2'); sys.stdout.buffer.flush(); time.sleep(600)\n"
+        "def helper(about): return answer\n"
+    )
+    (tmp_path / "echoing.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    made = HelperProcess[str, str]("echoing", {}, 2.0, None, "nothing can be said")
+    yield made
+    made.close()
+
+
+LONG = "question " * 1_000_000  # more than a pipe or a socket takes before somebody reads
+
+
+def test_a_helper_gets_long_questions_and_gives_long_answers(helper) -> None:
+    assert helper.ask(LONG) == LONG
+    assert helper.ask("short") == "short"
+    assert helper.started == 1
+
+
+def test_a_helper_that_reads_no_more_or_stops_within_an_answer_is_given_up_in_time(helper) -> None:
+    assert helper.ask("a") == "a"
+    os.kill(helper.process.pid, signal.SIGSTOP)
+    for asked in (LONG, ""):
+        started = time.monotonic()
+        assert helper.ask(asked) == Died(late=True)
+        assert time.monotonic() - started < 20
+        assert helper.ask("a") == "a"
+    assert helper.started == 3
+
+
+def test_a_helper_is_asked_by_a_process_with_many_open_files(helper) -> None:
+    """`select` takes none of a number from 1024 on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2000:
+        pytest.skip("this machine allows a process fewer files")
+    with ExitStack() as opened:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2000), hard))
+        opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1100):
+            opened.enter_context(open(os.devnull))
+        assert helper.ask("a") == "a"

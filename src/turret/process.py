@@ -11,7 +11,6 @@ import gc
 import importlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -22,10 +21,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from turret.errors import EngineError
 from turret.json_types import Plain
+
+if TYPE_CHECKING:
+    import socket
 
 # --- interrupt --------------------------------------------------------------------------------------------------------
 # Ctrl-C and SIGTERM as a request to stop: the first signal lets the current step finish, the second stops at once.
@@ -338,6 +340,7 @@ class HelperProcess(Generic[Question, Reply]):
         self._about = json.dumps({"about": about, "seconds": seconds, "memory": memory}).encode() + b"\n"
         self._lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None  # its stdin and stdout are the other end
         self.started = 0  # processes
 
     def ask(self, question: Question, stop: Callable[[], bool] = lambda: False) -> Reply | Died:
@@ -353,7 +356,7 @@ class HelperProcess(Generic[Question, Reply]):
         with self._lock, self._kept_awake():
             for _ in range(2):
                 process = self._running()
-                answer = self._answer(process, line, self._seconds, stop)
+                answer = self._answer(line, self._seconds, stop)
                 if answer is not None:
                     return answer
                 if stop():
@@ -391,21 +394,23 @@ class HelperProcess(Generic[Question, Reply]):
         if self.process is not None and self.process.poll() is None:
             return self.process
         self._end()
+        import socket  # not at the start of every command
+
         try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "turret.process", self._module],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=self._environment(),
-                start_new_session=True,  # Ctrl-C is the parent's, which then ends the helper
-            )
+            self._socket, theirs = socket.socketpair()
+            with theirs:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "turret.process", self._module],
+                    stdin=theirs.fileno(),
+                    stdout=theirs.fileno(),
+                    stderr=subprocess.DEVNULL,
+                    env=self._environment(),
+                    start_new_session=True,  # Ctrl-C is the parent's, which then ends the helper
+                )
         except OSError as error:
             raise EngineError(f"{self._problem}: no process can be started ({error.strerror})") from None
-        assert self.process.stdin is not None
-        os.set_blocking(self.process.stdin.fileno(), False)
         self.started += 1
-        if self._answer(self.process, self._about, START_SECONDS) is None:
+        if self._answer(self._about, START_SECONDS) is None:
             self._end()
             raise EngineError(f"{self._problem}: its process ended while it started")
         return self.process
@@ -414,59 +419,36 @@ class HelperProcess(Generic[Question, Reply]):
         own = environment(store=self._store is not None)
         return own if self._store is None else own | {"TURRET_STORE": self._store}
 
-    def _answer(
-        self, process: subprocess.Popen[bytes], line: bytes, seconds: float, stop: Callable[[], bool] = lambda: False
-    ) -> Reply | None:
+    def _answer(self, line: bytes, seconds: float, stop: Callable[[], bool] = lambda: False) -> Reply | None:
         """The helper's answer to a line; None if it died, did not answer in time, or was to stop."""
-        assert process.stdin is not None
-        assert process.stdout is not None
-        until = time.monotonic() + seconds
+        assert self._socket is not None
+        until, read = time.monotonic() + seconds, bytearray()
         try:
-            if not _sent(process.stdin.fileno(), line, until):
-                return None
-            answer = _line_from(process.stdout.fileno(), until, stop)
-            found: Reply | None = None if answer is None else json.loads(answer)
+            self._socket.settimeout(seconds)
+            self._socket.sendall(line)
+            while not read.endswith(b"\n"):
+                left = until - time.monotonic()
+                if left <= 0 or stop():
+                    return None
+                self._socket.settimeout(min(POLL_SECONDS, left))
+                with contextlib.suppress(TimeoutError):
+                    piece = self._socket.recv(_PIECE)
+                    if not piece:
+                        return None
+                    read += piece
+            found: Reply = json.loads(read)
             return found
         except (OSError, ValueError):
             return None
 
     def _end(self) -> None:
-        process, self.process = self.process, None
-        if process is None:
-            return
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-
-
-def _sent(descriptor: int, line: bytes, until: float) -> bool:
-    """Write a line to a pipe that never blocks. Returns whether all of it was written in time."""
-    left = memoryview(line)
-    while left:
-        _, ready, _ = select.select([], [descriptor], [], max(0.0, until - time.monotonic()))
-        if not ready:
-            return False
-        left = left[os.write(descriptor, left[:_PIECE]) :]
-    return True
-
-
-def _line_from(descriptor: int, until: float, stop: Callable[[], bool]) -> bytes | None:
-    """A line from a pipe; None if the pipe was closed, the line did not come in time, or the wait was to stop."""
-    pieces: list[bytes] = []
-    while not (pieces and pieces[-1].endswith(b"\n")):
-        ready: list[int] = []
-        left = until - time.monotonic()
-        while not ready and left > 0 and not stop():
-            ready, _, _ = select.select([descriptor], [], [], min(POLL_SECONDS, left))
-            left = until - time.monotonic()
-        piece = os.read(descriptor, _PIECE) if ready else b""
-        if not piece:
-            return None
-        pieces.append(piece)
-    return b"".join(pieces)
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
 
 # --- in the helper ----------------------------------------------------------------------------------------------------
