@@ -78,6 +78,16 @@ def make_folder(folder: Path, mode: int | None = None) -> None:
     sync(folder.parent)
 
 
+def make_below(root: Path, folder: Path) -> None:
+    """Make a folder below a root, each level with the permissions of its parent; a new root is private."""
+    if not root.exists():
+        make_folder(root, PRIVATE)
+    level = root
+    for name in folder.relative_to(root).parts:
+        make_folder(level / name, permissions(level))
+        level /= name
+
+
 def permissions(folder: Path) -> int:
     """The permissions of a folder, to be given to its new entries."""
     return stat.S_IMODE(folder.stat().st_mode) & (0o777 | stat.S_ISGID)
@@ -97,6 +107,19 @@ def make_file(path: Path) -> None:
 def create(path: Path) -> BinaryIO:
     """Open a new file for writing that only its owner may read, until its permissions are changed."""
     return open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file whole: after a kill or a power cut it has the old text or the new one. Raises OSError.
+
+    One process at a time writes a path. Others have `write_beside`.
+    """
+    beside = path.with_name(f"{path.name}.new")
+    with beside.open("wb") as file:
+        file.write(text.encode())
+        flush(file)
+    os.replace(beside, path)
+    sync(path.parent)
 
 
 @contextmanager

@@ -86,7 +86,6 @@ def test_a_tenant_at_its_limit_waits(store, line) -> None:
     assert line.take() is None
     assert of(store, "other").take() is None, "the limit is the tenant's, whoever works"
     held = line.adopt_training(taken)
-    assert not held.resumed
     store.training_runs().end(held, "finished", error=None, result=None)
     again = line.take()
     assert again is not None

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypedDict
 
-from turret.disk import NO_ROOM, PRIVATE, clock_of, create, flush, make_folder, permissions, sync
+from turret.disk import NO_ROOM, clock_of, create, flush, make_below, permissions, sync
 from turret.errors import Corrupt, StoreError, TurretError
 
 OWNER = "catalog"
@@ -212,12 +212,8 @@ class Blobs:
 
     def _make(self, folder: Path) -> None:
         """Create a folder once per process, with the permissions of its parent; a new root is private."""
-        if folder in self._created and folder.is_dir():
-            return
-        if not self._folder.exists():
-            make_folder(self._folder, PRIVATE)
-        for level in (*reversed(folder.relative_to(self._folder).parents[:-1]), folder.relative_to(self._folder)):
-            make_folder(self._folder / level, permissions((self._folder / level).parent))
+        if folder not in self._created or not folder.is_dir():
+            make_below(self._folder, folder)
         self._created.add(folder)
 
     def _name(self, path: Path) -> str:

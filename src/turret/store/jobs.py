@@ -553,7 +553,7 @@ class JobQueue:
     def adopt_training(self, taken: Job) -> HeldRun:
         """As `adopt`, for a training. Returns its run."""
         self.adopt(taken)
-        return self._runs.hold(taken.id, taken.recipe, taken.lease, resumed=taken.tries > 1)
+        return self._runs.hold(taken.id, taken.recipe, taken.lease)
 
     def write_log(self, taken: Job, lines: Iterable[str], *, last: bool = False) -> bool:
         """Add lines to the log of a job. Returns whether its end was asked for. Raises LeaseLost."""

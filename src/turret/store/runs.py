@@ -30,7 +30,7 @@ from sqlalchemy import ColumnElement, Connection, Select, delete, insert, select
 from turret import audit
 from turret.database import TRAINING, Database, access_of, jobs, run_log, seen_runs
 from turret.database import leases as lease_rows
-from turret.disk import PRIVATE, flush, make_folder, permissions, sync
+from turret.disk import make_below, make_folder, replace_text
 from turret.errors import InUse, LeaseLost, StoreError
 from turret.json_types import JsonObject, JsonValue, Plain
 from turret.store import leases
@@ -84,7 +84,6 @@ class HeldRun:
 
     id: str
     folder: Path
-    resumed: bool  # an earlier process started it
     lease: Lease
     comparison: str | None = None  # the folder of the comparison that trains, whose version it will be
 
@@ -126,7 +125,7 @@ class TrainingRuns:
         """Start a run, which this process then holds."""
         run_id = new_id()
         own = self._make_folder(run_id)
-        _write(own / "recipe.toml", recipe_toml)
+        replace_text(own / "recipe.toml", recipe_toml)
         row = {"id": run_id, "name": name, "state": "running", "created": now()}
         row |= {"recipe_digest": digest_of(recipe_toml), "data_digest": data_digest}
         with self._database.writing() as connection:
@@ -134,19 +133,19 @@ class TrainingRuns:
             if lease is None:
                 raise StoreError(f"run {run_id} is held by another process: try again")
             connection.execute(insert(jobs).values(tenant=access_of(connection).tenant, **row))
-        _write(own / "fence", str(lease.fence))
-        return HeldRun(run_id, own, False, lease)
+        replace_text(own / "fence", str(lease.fence))
+        return HeldRun(run_id, own, lease)
 
-    def hold(self, run_id: str, recipe_toml: str, lease: Lease, *, resumed: bool) -> HeldRun:
+    def hold(self, run_id: str, recipe_toml: str, lease: Lease) -> HeldRun:
         """Hold a run whose lease was taken from the queue, with the newest of its files."""
-        run = HeldRun(run_id, self._root / PREFIX / run_id, resumed, lease)
+        run = HeldRun(run_id, self._root / PREFIX / run_id, lease)
         with disk_errors(f"run {run_id} cannot be copied", run.folder, "make room"):
             self._bring(run, recipe_toml)
         return run
 
     def fill(self, run: HeldRun, recipe_toml: str, data_digest: str) -> None:
         """Record the recipe with all defaults, and the data, of a run from the queue. Raises LeaseLost."""
-        _write(run.recipe, recipe_toml)
+        replace_text(run.recipe, recipe_toml)
         row = {"recipe_digest": digest_of(recipe_toml), "data_digest": data_digest}
         with self._database.writing() as connection:
             run.require(connection)
@@ -154,7 +153,7 @@ class TrainingRuns:
 
     def write_report(self, run: HeldRun, text: str) -> None:
         """Keep what the run's version gets right and wrong, beside its curve."""
-        _write(run.report, text)
+        replace_text(run.report, text)
 
     def take_up(self, recipe_toml: str, data_digest: str, say: Callable[[str], None]) -> HeldRun | None:
         """The newest unfinished run of this recipe and data that no living process holds; this process then holds it.
@@ -178,7 +177,7 @@ class TrainingRuns:
                 if connection.execute(resume).rowcount != 1:  # another process ended it in the meantime
                     leases.release(connection, lease)
                     continue
-            run = HeldRun(run_id, self._root / PREFIX / run_id, True, lease)
+            run = HeldRun(run_id, self._root / PREFIX / run_id, lease)
             try:
                 self._bring(run, recipe_toml)
             except BaseException as error:
@@ -336,16 +335,13 @@ class TrainingRuns:
             run.curve.unlink(missing_ok=True)
             self._artifacts.bring(f"{PREFIX}{run.id}/")
         if not run.recipe.exists():
-            _write(run.recipe, recipe_toml)
-        _write(own / "fence", str(run.lease.fence))
+            replace_text(run.recipe, recipe_toml)
+        replace_text(own / "fence", str(run.lease.fence))
 
     def _make_folder(self, run_id: str) -> Path:
-        folder = self._root / "runs"
-        if not self._root.exists():  # with a store by URL, the first run creates its folder
-            make_folder(self._root, PRIVATE)
-        make_folder(folder, permissions(self._root))
-        make_folder(folder / run_id, permissions(folder))
-        return folder / run_id
+        folder = self._root / PREFIX / run_id
+        make_below(self._root, folder)  # with a store by URL, the first run creates its root
+        return folder
 
 
 def _link(path: Path, name: Path) -> None:
@@ -412,12 +408,3 @@ def _state(path: Path) -> tuple[int, int]:
     except FileNotFoundError:
         return 0, 0
     return found.st_ino, found.st_mtime_ns
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f"{path.name}.new")
-    with beside.open("wb") as file:
-        file.write(text.encode())
-        flush(file)
-    os.replace(beside, path)
-    sync(path.parent)

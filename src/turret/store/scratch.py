@@ -33,8 +33,8 @@ from turret.disk import (
     exclusive_lock,
     file_bytes,
     flush,
+    make_below,
     make_folder,
-    permissions,
     sync,
 )
 from turret.errors import StoreError
@@ -85,7 +85,7 @@ def folder(root: Path) -> Iterator[Path]:
     own = root / "scratch" / uuid.uuid4().hex
     try:
         with delay_signals():
-            _make_scratch(root)
+            make_below(root, root / "scratch")
             make_folder(own, PRIVATE)
         yield own
     except OSError as error:
@@ -215,18 +215,12 @@ def _read_note(note: Path) -> tuple[Path | None, list[Path]]:
 def _write_note(root: Path, note: Path, content: Mapping[str, Plain]) -> None:
     """Write the note. If the store cannot be written or is full, the export continues without one."""
     try:
-        _make_scratch(root)
+        make_below(root, root / "scratch")
         _write(note, content)
         sync(note.parent)
     except OSError as error:
         if error.errno in FAILING:
             raise
-
-
-def _make_scratch(root: Path) -> None:
-    if not root.exists():
-        make_folder(root, PRIVATE)
-    make_folder(root / "scratch", permissions(root))
 
 
 def _write(path: Path, content: Plain) -> None:

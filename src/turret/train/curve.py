@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -11,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from turret.disk import sync
+from turret.disk import replace_text
 from turret.errors import NotInstalled
 from turret.notebook import Table, as_html, format_metric
 from turret.tasks import main_metric, measure_of
@@ -154,10 +153,7 @@ class Curve:
     def __init__(self, path: Path, *, resume_after: int = 0) -> None:
         self.path = path
         kept = [record for record in read_curve(path) if record.step <= resume_after]
-        beside = path.with_name(path.name + ".new")
-        beside.write_text("".join(record.to_json() + "\n" for record in kept), encoding="utf-8")
-        sync(beside)
-        os.replace(beside, path)
+        replace_text(path, "".join(record.to_json() + "\n" for record in kept))
 
     def append(self, record: StepRecord) -> None:
         """Add a record to the file."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import shlex
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from turret.compare.design import Candidate, Cell
 from turret.compare.results import CellResult
 from turret.data import Dataset
 from turret.database import Database
-from turret.disk import sync
+from turret.disk import replace_text
 from turret.errors import Interrupted, InUse, QueueFull, RecipeError, StoreError, TrainingError, one_line
 from turret.json_types import JsonObject, Plain
 from turret.location import Location
@@ -79,12 +78,9 @@ def folder_of(root: Path, recipe: Recipe, data_digest: str, kind: str = "compari
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically. Raises StoreError."""
-    temporary = path.with_name(path.name + ".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
-        os.replace(temporary, path)
+        replace_text(path, text)
     except OSError as error:
         reason = error.strerror or str(error)
         raise StoreError(f"{path.name} cannot be written to {path.parent}: {reason}: free some space there") from None
