@@ -22,38 +22,32 @@ T = TypeVar("T")
 C = TypeVar("C", bound=type)
 Check = Callable[[object], bool]
 
-_DICTIONARIES = ("Mapping", "JsonMapping", "JsonObject", "dict")
-_WORDS = {  # the types of annotations, in the words of an error
-    "str": "text",
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "True or False",
-    "Path": "a path",
-    "Sequence": "a list",
-    "Iterable": "a list",
-    "Callable": "a function",
-    "Say": "a function",
-    "Ask": "a function",
-    "None": "None",
-    "tuple": "a tuple",
-    "Messages": "a list of messages",
+_LIST: tuple[str, Check] = (
+    "a list",
+    lambda value: isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)),
+)
+_FUNCTION: tuple[str, Check] = ("a function", callable)
+_DICTIONARY: tuple[str, Check] = ("a dictionary", lambda value: isinstance(value, Mapping))
+_TYPES: dict[str, tuple[str, Check]] = {  # the types of annotations: in the words of an error, and whether a value fits
+    "str": ("text", lambda value: isinstance(value, str)),
+    # numpy's numbers too
+    "int": ("a whole number", lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool)),
+    "float": ("a number", lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool)),
+    "bool": ("True or False", lambda value: isinstance(value, bool)),
+    "Path": ("a path", lambda value: isinstance(value, os.PathLike)),
+    "Sequence": _LIST,
+    "Iterable": _LIST,
+    "Callable": _FUNCTION,
+    "Say": _FUNCTION,
+    "Ask": _FUNCTION,
+    "None": ("None", lambda value: value is None),
+    "tuple": ("a tuple", lambda value: isinstance(value, tuple)),
+    "Messages": ("a list of messages", lambda value: _fits(value, "Sequence[Mapping]")),
+    "Mapping": _DICTIONARY,
+    "JsonMapping": _DICTIONARY,
+    "JsonObject": _DICTIONARY,
+    "dict": _DICTIONARY,
 }
-_CHECKS: dict[str, Check] = {
-    "str": lambda value: isinstance(value, str),
-    "int": lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool),  # numpy's too
-    "float": lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool),
-    "bool": lambda value: isinstance(value, bool),
-    "Path": lambda value: isinstance(value, os.PathLike),
-    "Sequence": lambda value: isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)),
-    "Iterable": lambda value: isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)),
-    "Mapping": lambda value: isinstance(value, Mapping),
-    "tuple": lambda value: isinstance(value, tuple),
-    "Callable": callable,
-    "None": lambda value: value is None,
-}
-_WORDS |= dict.fromkeys(_DICTIONARIES, "a dictionary")
-_CHECKS |= dict.fromkeys(_DICTIONARIES, _CHECKS["Mapping"])
-_CHECKS |= {"Say": callable, "Ask": callable, "Messages": lambda value: _fits(value, "Sequence[Mapping]")}
 _UNCHECKED = (
     "M",
     "JsonValue",
@@ -154,8 +148,9 @@ def _fits(value: object, wanted: str) -> bool:
         return True
     if head == "Input":
         return isinstance(value, str) or _is_a(value, "Prompt")
-    if (check := _CHECKS.get(head)) is None:
+    if head not in _TYPES:
         return _is_a(value, head)
+    _, check = _TYPES[head]
     if not check(value):
         return False
     if head in ("Sequence", "Iterable") and inner and isinstance(value, (list, tuple)):
@@ -173,7 +168,7 @@ def _in_words(wanted: str) -> str:
         return " or ".join(map(str, ast.literal_eval(f"({inner[:-1]},)")))
     if head in ("Sequence", "Iterable") and inner in ("str]", "float]"):
         return "a list of " + ("texts" if inner == "str]" else "numbers")
-    return _WORDS.get(head, f"a {head.rpartition('.')[2]}")
+    return _TYPES[head][0] if head in _TYPES else f"a {head.rpartition('.')[2]}"
 
 
 # --- names of devices -------------------------------------------------------------------------------------------------

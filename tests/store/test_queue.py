@@ -86,6 +86,7 @@ def test_a_tenant_at_its_limit_waits(store, line) -> None:
     assert line.take() is None
     assert of(store, "other").take() is None, "the limit is the tenant's, whoever works"
     held = line.adopt_training(taken)
+    assert held.lease.fence == 1
     store.training_runs().end(held, "finished", error=None, result=None)
     again = line.take()
     assert again is not None
@@ -222,7 +223,7 @@ def test_a_killed_workers_training_is_taken_over_and_the_worker_cannot_write(sto
         with pytest.raises(LeaseLost):
             act()
     assert line.log(run) == []
-    assert line.adopt_training(quick).resumed, "it goes on from the last checkpoint"
+    assert line.adopt_training(quick).lease.fence > slow.lease.fence, "it goes on from the last checkpoint"
     for _ in range(2):
         lose_workers(store)
         line.take()

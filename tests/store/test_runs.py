@@ -19,7 +19,7 @@ def test_a_run_has_a_sortable_id_and_a_folder_with_its_recipe(store) -> None:
     assert re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{6}", run.id)
     assert run.folder == store.root / "runs" / run.id
     assert run.recipe.read_text() == RECIPE
-    assert not run.resumed
+    assert run.lease.fence == 1
     store.end_run(run, "finished")
 
 
@@ -30,7 +30,8 @@ def test_an_interrupted_run_is_taken_up_by_the_same_recipe_and_data_only(store) 
     assert store.unfinished_run(RECIPE, "sha256:other") is None
     again = store.unfinished_run(RECIPE, DATA)
     assert again is not None
-    assert (again.id, again.resumed) == (run.id, True)
+    assert again.id == run.id
+    assert again.lease.fence > run.lease.fence
     store.end_run(again, "finished")
 
 

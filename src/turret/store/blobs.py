@@ -24,10 +24,10 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypedDict
+from typing import BinaryIO, Protocol, TypeAlias, TypedDict
 
 from turret.disk import NO_ROOM, clock_of, create, flush, make_below, permissions, sync
 from turret.errors import Corrupt, StoreError, TurretError
@@ -56,51 +56,8 @@ class Writable(Protocol):
     def write(self, data: bytes, /) -> int: ...
 
 
-class Files(Protocol):
-    """A place for content by its digest. Names are paths under the root of the place, as errors show them."""
-
-    def put(self, source: Path, blob: Blob) -> None:
-        """Store a copy of the file as `blob`; raises Corrupt if its content differs from `blob`."""
-
-    def glance(self, blob: Blob) -> str | None:
-        """A problem that is visible without hashing, or None."""
-
-    def glances(self, blobs: Iterable[Blob]) -> Mapping[str, str]:
-        """Digest -> a problem that is visible without hashing, for those that have one."""
-
-    def check(self, blob: Blob) -> None:
-        """Hash the content again; raises Corrupt."""
-
-    def copy(self, blob: Blob, target: Path) -> None:
-        """Copy the content to a new file `target`, hashing what was copied; raises Corrupt."""
-
-    def checked_file(self, blob: Blob) -> AbstractContextManager[Path]:
-        """The content, hashed again, as a read-only file for the duration of the block; raises Corrupt."""
-
-    def local(self, blob: Blob) -> Path:
-        """The content, hashed again, as a file for the lifetime of this object; raises Corrupt."""
-
-    def walk(self) -> Iterator[tuple[str, Blob]]:
-        """Name and content of every stored file, listed in the catalog or not. Hashes nothing."""
-
-    def leftovers(self) -> Iterator[tuple[str, int, float]]:
-        """Name, bytes and time of last change of files that are being written, or whose writer was killed."""
-
-    def clock(self) -> float:
-        """The time by the clock of `leftovers`, which may differ from this machine's."""
-
-    def remove(self, name: str) -> bool:
-        """Remove a file by a name from `walk` or `leftovers`; False if it is gone already."""
-
-    def owner(self) -> str | None:
-        """The id of the catalog that the files belong to, or None."""
-
-    def claim(self, identity: str) -> None:
-        """Record that the files belong to the catalog with this id."""
-
-
 class Blobs:
-    """The content-addressed files of a folder; see `Files` for the methods."""
+    """The content-addressed files of a folder. Names are paths under the root of the place, as errors show them."""
 
     def __init__(self, root: Path) -> None:
         self._folder = root
@@ -113,36 +70,43 @@ class Blobs:
         return self._root / place(blob)
 
     def put(self, source: Path, blob: Blob) -> None:
+        """Store a copy of the file as `blob`; raises Corrupt if its content differs from `blob`."""
         final = self.path(blob)
         self._make(final.parent)
         with source.open("rb") as read, self._new_file(final, 0o444) as write:
             _require_same(stream(read, write), blob, source)
 
     def glance(self, blob: Blob) -> str | None:
+        """A problem that is visible without hashing, or None."""
         path = self.path(blob)
         if not path.is_file():
             return f"is missing ({path})"
         return None if path.stat().st_size == blob.bytes else f"is cut ({path})"
 
     def glances(self, blobs: Iterable[Blob]) -> Mapping[str, str]:
+        """Digest -> a problem that is visible without hashing, for those that have one."""
         return {blob.digest: problem for blob in blobs if (problem := self.glance(blob))}
 
     def walk(self) -> Iterator[tuple[str, Blob]]:
+        """Name and content of every stored file, listed in the catalog or not. Hashes nothing."""
         for path in sorted(self._root.glob("??/*")):
             if found := parse_place(path.relative_to(self._root).as_posix()):
                 with suppress(FileNotFoundError):  # removed in the meantime
                     yield self._name(path), Blob(found[0], path.stat().st_size, found[1])
 
     def leftovers(self) -> Iterator[tuple[str, int, float]]:
+        """Name, bytes and time of last change of files that are being written, or whose writer was killed."""
         for path in sorted(self._tmp.glob("*")):
             with suppress(FileNotFoundError):
                 found = path.lstat()
                 yield self._name(path), found.st_size, found.st_mtime
 
     def clock(self) -> float:
+        """The time by the clock of `leftovers`, which may differ from this machine's."""
         return clock_of(self._tmp)
 
     def remove(self, name: str) -> bool:
+        """Remove a file by a name from `walk` or `leftovers`; False if it is gone already."""
         try:
             (self._folder / name).unlink()
         except FileNotFoundError:
@@ -159,10 +123,12 @@ class Blobs:
             return None
 
     def claim(self, identity: str) -> None:
+        """Record that the files belong to the catalog with this id."""
         with self._new_file(self._folder / OWNER, 0o666) as file:
             file.write(identity.encode())
 
     def check(self, blob: Blob) -> None:
+        """Hash the content again; raises Corrupt."""
         with self._open(blob) as read:
             found = stream(read, None)
         if found.digest != blob.digest:
@@ -170,14 +136,16 @@ class Blobs:
 
     @contextmanager
     def checked_file(self, blob: Blob) -> Iterator[Path]:
+        """The content, hashed again, as a read-only file for the duration of the block; raises Corrupt."""
         yield self.local(blob)
 
     def local(self, blob: Blob) -> Path:
-        """The stored file, after hashing it again; raises Corrupt."""
+        """The content, hashed again, as a file for the lifetime of this object; raises Corrupt."""
         self.check(blob)
         return self.path(blob)
 
     def copy(self, blob: Blob, target: Path) -> None:
+        """Copy the content to a new file `target`, hashing what was copied; raises Corrupt."""
         with self._open(blob) as read, target.open("xb") as write:
             copied = stream(read, write)
         if copied.digest != blob.digest:
@@ -322,7 +290,7 @@ class _FileSystem(Protocol):
 
 
 class Objects:
-    """The content-addressed files under a prefix of an object store. Nothing is requested before the first use.
+    """The same as `Blobs` under a prefix of an object store. Nothing is requested before the first use.
 
     Args:
         connect: makes the fsspec filesystem; called again after a fork, which no connection survives.
@@ -481,6 +449,9 @@ class Objects:
                 raise missing(self._url_of(self._key(blob)), blob.digest) from None
             text, wrong = _describe(error), _is_wrong(error)
             raise StoreError(f"files {self._url}: {text}", outage=not wrong) from error
+
+
+Files: TypeAlias = Blobs | Objects
 
 
 def _s3(url: str) -> _FileSystem:

@@ -640,7 +640,6 @@ class Store:
             yield from upkeep.remove_unlisted(self._blobs, database, dry_run=dry_run)
         yield from upkeep.remove_of_runs(self.root, database, dry_run=dry_run)
         yield from collect_queued(self.root, database, self.artifacts, dry_run=dry_run)
-        yield from queued_data.collect_rows(self.root, database, self.artifacts, dry_run=dry_run)
         yield from upkeep.remove_of_promises(database, dry_run=dry_run)
 
     def _claim_files(self, database: Database, *, writes: bool = True) -> None:

@@ -28,7 +28,6 @@ from turret.database import TRAINING, Database, access_of, jobs, versions
 from turret.disk import PRIVATE, bytes_below, make_folder, permissions, sync
 from turret.store import scratch
 from turret.store.artifacts import Artifact, Artifacts
-from turret.store.blobs import Blob
 from turret.store.runs import PREFIX
 from turret.store.scratch import OLD, Removed
 from turret.timestamp import timestamp
@@ -89,30 +88,33 @@ def is_there(connection: Connection, root: Path, artifacts: Artifacts, source: s
 
 
 def collect(root: Path, database: Database, artifacts: Artifacts, *, dry_run: bool) -> Iterator[Removed]:
-    """Remove the data that no waiting or running training names, from the store and from this machine."""
-    with database.reading() as connection:
-        local, listed = _unneeded_data(connection, root, artifacts)
-    dead: list[Blob] = []
-    if (local or listed) and not dry_run:
-        with database.writing() as connection:
-            local, listed = _unneeded_data(connection, root, artifacts)
-            dead = [blob for each in listed for blob in artifacts.drop(connection, each.path)]
-            for path in local:
-                path.rename(path.with_name(f"{GONE}{uuid.uuid4().hex[:8]}-{path.name}"))
-        artifacts.discard(dead)
-    yield from (Removed(each.path, each.blob.bytes, WHY) for each in listed)
-    gone = [path for _, folder in _folders(root) for path in sorted(folder.glob(f"{GONE}*"))]
-    for path in [*(local if dry_run else ()), *gone]:
-        size = bytes_below(path)
-        if not dry_run:
-            shutil.rmtree(path, ignore_errors=True)
-        yield Removed((path.parent.relative_to(root) / path.name.rpartition("-")[2]).as_posix(), size, WHY)
+    """Remove the data that no waiting or running training names, and after an hour the rows that nothing names.
+
+    From the store and from this machine.
+    """
+    for name, unneeded, why in ((FOLDER, _unneeded_data, WHY), (ROWS_FOLDER, _unneeded_rows, ROWS_WHY)):
+        with database.reading() as connection:
+            local, listed = unneeded(connection, root, artifacts)
+        if (local or listed) and not dry_run:  # without anything to remove a disk without room is no obstacle
+            with database.writing() as connection:
+                local, listed = unneeded(connection, root, artifacts)
+                dead = [blob for each in listed for blob in artifacts.drop(connection, each.path)]
+                for path in local:
+                    path.rename(path.with_name(f"{GONE}{uuid.uuid4().hex[:8]}-{path.name}"))
+            artifacts.discard(dead)
+        yield from (Removed(each.path, each.blob.bytes, why) for each in listed)
+        gone = [path for _, folder in _folders(root, name) for path in sorted(folder.glob(f"{GONE}*"))]
+        for path in [*(local if dry_run else ()), *gone]:
+            size = bytes_below(path)
+            if not dry_run:
+                shutil.rmtree(path, ignore_errors=True)
+            yield Removed((path.parent.relative_to(root) / path.name.rpartition("-")[2]).as_posix(), size, why)
 
 
-def _folders(root: Path) -> list[tuple[str, Path]]:
-    """Tenant and folder of all data on this machine."""
-    others = [(path.parent.name, path) for path in sorted(root.glob(f"tenants/*/{FOLDER}"))]
-    return [(DEFAULT, root / FOLDER), *others]
+def _folders(root: Path, name: str) -> list[tuple[str, Path]]:
+    """Tenant and folder of all data, or of all rows, on this machine."""
+    others = [(path.parent.name, path) for path in sorted(root.glob(f"tenants/*/{name}"))]
+    return [(DEFAULT, root / name), *others]
 
 
 def _unneeded_data(connection: Connection, root: Path, artifacts: Artifacts) -> tuple[list[Path], list[Artifact]]:
@@ -123,7 +125,7 @@ def _unneeded_data(connection: Connection, root: Path, artifacts: Artifacts) -> 
     needed = {(tenant, place) for tenant, text in texts for place in PLACE.findall(text)}
     local = [
         path
-        for tenant, folder in _folders(root)
+        for tenant, folder in _folders(root, FOLDER)
         for path in sorted(folder.glob("*"))
         if _NAME.fullmatch(path.name) and (tenant, path.name) not in needed
     ]
@@ -183,36 +185,24 @@ def bring_rows(root: Path, home: Path, artifacts: Artifacts, source: str) -> Non
             _place_rows(kept, here, 0o700)
 
 
-def collect_rows(root: Path, database: Database, artifacts: Artifacts, *, dry_run: bool) -> Iterator[Removed]:
-    """Remove rows that nothing names, after an hour, from the store and from this machine."""
-    with database.reading() as connection:
-        stored, sizes = _unneeded_rows(connection, root, artifacts)
-    if (stored or sizes) and not dry_run:  # without anything to remove a disk without room is no obstacle
-        with database.writing() as connection:
-            stored, sizes = _unneeded_rows(connection, root, artifacts)
-            dead = [blob for each in stored for blob in artifacts.drop(connection, each.path)]
-            for path in sizes:
-                shutil.rmtree(path, ignore_errors=True)
-        artifacts.discard(dead)
-    yield from (Removed(each.path, each.blob.bytes, ROWS_WHY) for each in stored)
-    yield from (Removed(path.relative_to(root).as_posix(), size, ROWS_WHY) for path, size in sizes.items())
-
-
-def _unneeded_rows(connection: Connection, root: Path, artifacts: Artifacts) -> tuple[list[Artifact], dict[Path, int]]:
-    """Listed files and folders of this machine that nothing has named for an hour; the folders with their bytes."""
+def _unneeded_rows(connection: Connection, root: Path, artifacts: Artifacts) -> tuple[list[Path], list[Artifact]]:
+    """Folders of this machine, and files of the store, that nothing has named for an hour."""
     needed, before = _needed_rows(connection, root, artifacts), time.time() - OLD
-    stored = [
+    local = [
+        path
+        for _, folder in _folders(root, ROWS_FOLDER)
+        for path in sorted(folder.glob("*"))
+        if path.is_dir()
+        and path.stat().st_mtime < before
+        and path.name not in needed
+        and not path.name.startswith(GONE)
+    ]
+    return local, [
         each
         for prefix in (f"{ROWS_FOLDER}/", "tenants/")
         for each in artifacts.list_files_in(connection, prefix)
         if (found := _ROWS_PLACE.match(each.path)) and found[1] not in needed and each.changed < timestamp(before)
     ]
-    local = [
-        path
-        for path in sorted([*root.glob(f"{ROWS_FOLDER}/*"), *root.glob(f"tenants/*/{ROWS_FOLDER}/*")])
-        if path.is_dir() and path.name not in needed and path.stat().st_mtime < before
-    ]
-    return stored, {path: sum(each.stat().st_size for each in path.iterdir()) for path in local}
 
 
 def _place_rows(source: Path, target: Path, mode: int) -> None:

@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from sqlalchemy import Connection, select
 
@@ -80,7 +80,7 @@ def verify(database: Database, blobs: Files, reference: Reference | None = None)
                 content[str(version)] = catalog.content_of(connection, version)
             except Corrupt as error:
                 problems.append(Damage(str(version), None, str(error)))
-    checked: dict[tuple[str, bool], _FileCheck] = {}
+    checked: dict[tuple[str, str], list[str]] = {}
     for version in versions:
         if str(version) in content:
             problems += _of_version(version, content[str(version)], blobs, checked)
@@ -133,51 +133,34 @@ def _dangling(connection: Connection) -> Sequence[str]:
     return [f"{row.name}@{row.alias}" for row in connection.execute(query)]
 
 
-@dataclass(frozen=True)
-class _FileCheck:
-    """The problems of one content: its bytes, and its header if it is a tensor file."""
-
-    broken: str | None = None
-    header: str | None = None
-    text: bytes = b""  # of a manifest
-
-
 def _of_version(
-    version: Version, content: Mapping[str, Blob], blobs: Files, checked: dict[tuple[str, bool], _FileCheck]
+    version: Version, content: Mapping[str, Blob], blobs: Files, checked: dict[tuple[str, str], list[str]]
 ) -> Iterator[Damage]:
-    checks: dict[str, _FileCheck] = {}
-    for path, blob in content.items():
-        key = blob.digest, path.endswith(".safetensors")
-        if key not in checked or path == MANIFEST:
-            checks[path] = _check(path, blob, blobs)
-            checked[key] = replace(checks[path], text=b"")
-        else:
-            checks[path] = checked[key]
-    for path, check in checks.items():
-        if check.broken is not None:
-            yield Damage(str(version), path, check.broken)
+    """The problems of a version. checked: those of content that other versions have too."""
     if MANIFEST not in content:
         yield Damage(str(version), MANIFEST, "is not listed: delete the version, and store it again")
-    elif checks[MANIFEST].broken is None:
-        for problem in _of_manifest(version, content, checks[MANIFEST].text):
-            yield Damage(str(version), MANIFEST, problem)
-    for path, check in checks.items():
-        if check.broken is None and check.header is not None:
-            yield Damage(str(version), path, check.header)
+    for path, blob in content.items():
+        key = blob.digest, str(version) if path == MANIFEST else PurePosixPath(path).suffix
+        if key not in checked:
+            checked[key] = list(_of_file(version, content, path, blobs))
+        yield from (Damage(str(version), path, problem) for problem in checked[key])
 
 
-def _check(path: str, blob: Blob, blobs: Files) -> _FileCheck:
+def _of_file(version: Version, content: Mapping[str, Blob], path: str, blobs: Files) -> Iterator[str]:
+    blob = content[path]
     try:
         with blobs.checked_file(blob) as file:
             found = file.stat().st_size
             if found != blob.bytes:
-                return _FileCheck(f"has {found} bytes, but {blob.bytes} are listed")
-            header = _of_header(file) if path.endswith(".safetensors") else None
-            return _FileCheck(None, header, file.read_bytes() if path == MANIFEST else b"")
+                yield f"has {found} bytes, but {blob.bytes} are listed"
+            elif path == MANIFEST:
+                yield from _of_manifest(version, content, file.read_bytes())
+            elif path.endswith(".safetensors"):
+                yield from _of_header(file)
     except Corrupt as error:
-        return _FileCheck(str(error))
+        yield str(error)
     except OSError as error:
-        return _FileCheck(f"cannot be read: {error.strerror}: {error.filename}")
+        yield f"cannot be read: {error.strerror}: {error.filename}"
 
 
 def _of_manifest(version: Version, content: Mapping[str, Blob], text: bytes) -> Iterator[str]:
@@ -212,14 +195,15 @@ def _of_artifacts(database: Database, blobs: Files) -> Iterator[Damage]:
                     yield Damage(path, None, str(error))
 
 
-def _of_header(path: Path) -> str | None:
+def _of_header(path: Path) -> Iterator[str]:
     from safetensors import SafetensorError, safe_open  # loads no numpy or torch, since no tensor is read
 
     try:
         with safe_open(path, framework="np") as file:
-            return None if list(file.keys()) else "has no tensors"
+            if not file.keys():
+                yield "has no tensors"
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        return f"is not a readable safetensors file ({error})"
+        yield f"is not a readable safetensors file ({error})"
 
 
 def _orphans(database: Database, blobs: Files) -> Sequence[Blob]:
