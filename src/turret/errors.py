@@ -56,7 +56,8 @@ TurretError                 base of all; its text is one line: what failed, expe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 LINE = 300  # characters of the line that the command line prints for an error
 
@@ -85,6 +86,20 @@ def shown(value: object, most: int = 60) -> str:  # object: every value has a re
         return one_line(repr(value), most)
     except (ValueError, RecursionError):  # an integer of thousands of digits, or a deeply nested list
         return f"a very large {type(value).__name__}"
+
+
+@contextmanager
+def needs(what: str, package: str, remedy: str, kind: type[TurretError]) -> Iterator[None]:
+    """Turn an ImportError of the block into an error of this kind.
+
+    Args:
+        what: needs the package.
+        remedy: after the error's text; the extra to install, and what to do instead.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise kind(f"{what} needs {package} ({error}): {remedy}") from None
 
 
 def listed(values: Iterable[str], most: int = 100) -> str:

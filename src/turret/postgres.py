@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy import Connection, Engine, create_engine
 
-from turret.errors import StoreError
+from turret.errors import StoreError, needs
 
 if TYPE_CHECKING:
     import psycopg
@@ -292,7 +292,5 @@ def _close(engine: Engine, process: int) -> None:
 
 
 def _require_psycopg(store: str) -> None:
-    try:
+    with needs(f"store {store}: PostgreSQL", "psycopg", "pip install 'turret[postgres]'", StoreError):
         import psycopg  # noqa: F401
-    except ImportError as error:
-        raise StoreError(f"store {store}: PostgreSQL needs psycopg ({error}): pip install 'turret[postgres]'") from None

@@ -21,7 +21,7 @@ from transformers import BitsAndBytesConfig
 from turret import quantized
 from turret.bases.fingerprints import body, hash_tensors, within
 from turret.bases.source import BaseSource
-from turret.errors import BaseModelError
+from turret.errors import BaseModelError, needs
 from turret.families import Family
 from turret.transformer import Model
 
@@ -62,13 +62,9 @@ def check_quantization(source: BaseSource, wanted: Quantization) -> str:
 
 
 def _require_library(source: BaseSource, kind: str) -> None:
-    try:
+    remedy = "pip install 'turret[quantized]', or give the original model with base_quantization none"
+    with needs(f"base {source.id!r} in {kind}", "bitsandbytes", remedy, BaseModelError):
         quantized.library()
-    except ImportError as error:
-        raise BaseModelError(
-            f"base {source.id!r} in {kind} needs bitsandbytes ({error}): pip install 'turret[quantized]', "
-            "or give the original model with base_quantization none"
-        ) from None
 
 
 def arguments(family: Family, kept: str, device: torch.device) -> Loading:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, TypeAlias, TypedDict
 
 from turret.disk import NO_ROOM, clock_of, create, flush, make_below, permissions, sync
-from turret.errors import Corrupt, StoreError, TurretError
+from turret.errors import Corrupt, StoreError, TurretError, needs
 
 OWNER = "catalog"
 _CHUNK = 1 << 20
@@ -455,10 +455,8 @@ Files: TypeAlias = Blobs | Objects
 
 
 def _s3(url: str) -> _FileSystem:
-    try:
+    with needs(f"files {url}: S3", "s3fs", "pip install 'turret[s3]'", StoreError):
         from turret.store.s3 import S3
-    except ImportError as error:
-        raise StoreError(f"files {url}: S3 needs s3fs ({error}): pip install 'turret[s3]'") from None
     system: _FileSystem = S3()
     return system
 

@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 
 from turret import quantized
 from turret.engine.protocol import OptimStep
-from turret.errors import TrainingError
+from turret.errors import TrainingError, needs
 from turret.ops.structs import GRADIENT_STAYS
 
 BLOCK = 256  # values with one scale, in 8 bits; bitsandbytes has no other size
@@ -153,13 +153,9 @@ def moment_bytes(optimizer: str | None, weights: int) -> int:
 
 def require_eight_bits() -> None:
     """Raise TrainingError if bitsandbytes is not installed."""
-    try:
+    remedy = "pip install 'turret[quantized]', or leave it out"
+    with needs('train.optimizer = "adamw8bit"', "bitsandbytes", remedy, TrainingError):
         quantized.library()
-    except ImportError as error:
-        raise TrainingError(
-            f"train.optimizer = \"adamw8bit\" needs bitsandbytes ({error}): pip install 'turret[quantized]', "
-            "or leave it out"
-        ) from None
 
 
 # --- optim ------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from turret.compare.results import CellResult
 from turret.data import Dataset
 from turret.database import Database
 from turret.disk import replace_text
-from turret.errors import Interrupted, InUse, QueueFull, RecipeError, StoreError, TrainingError, one_line
+from turret.errors import Interrupted, InUse, QueueFull, RecipeError, StoreError, TrainingError, needs, one_line
 from turret.json_types import JsonObject, Plain
 from turret.location import Location
 from turret.process import STORE_PREFIXES, environment
@@ -585,10 +585,8 @@ class RayTasks(Workers):
     """
 
     def __init__(self, address: str, store: Store, task: type[Task], labels: Sequence[str]) -> None:
-        try:
+        with needs(f"--on {address[:60]}", "Ray", "pip install 'turret[ray]'", RecipeError):
             import ray
-        except ImportError as error:
-            raise RecipeError(f"--on {address[:60]} needs Ray ({error}): pip install 'turret[ray]'") from None
         if store.location.catalog is None:
             raise RecipeError(
                 f"--on {address[:60]}: other machines cannot open the folder {store}: give a store by URL"

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from turret.data import Dataset
-from turret.errors import QueueFull, RecipeError, TrainingError, shown
+from turret.errors import QueueFull, RecipeError, TrainingError, needs, shown
 from turret.json_types import JsonObject
 from turret.recipe import Recipe
 from turret.store import Store
@@ -252,13 +252,10 @@ class Proposed:
     """Optuna proposes, and ends trials early."""
 
     def __init__(self, settings: Mapping[str, Choices | Range], seed: int) -> None:
-        try:
+        what = "a sweep over a range, or over a part of all combinations,"
+        remedy = "pip install 'turret[sweep]', or give lists and as many trials"
+        with needs(what, "Optuna", remedy, RecipeError):
             import optuna
-        except ImportError as error:
-            raise RecipeError(
-                f"a sweep over a range, or over a part of all combinations, needs Optuna ({error}): "
-                "pip install 'turret[sweep]', or give lists and as many trials"
-            ) from None
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._optuna = optuna
         self._space: dict[str, optuna.distributions.BaseDistribution] = {
