@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, Connection, func, insert, select, true
 
 from turret.database import Database, access_of, adapters, audit, seen_adapters
 from turret.errors import StoreError
-from turret.json_types import AsJson, Plain
+from turret.json_types import AsJson, JsonObject, Plain
 
 
 @dataclass(frozen=True)
