@@ -24,14 +24,14 @@ class ForkedProofs:
     """
 
     def __init__(self) -> None:
-        self.run = proof._run
+        self.run, self._path = proof._run, os.environ.get("PYTHONPATH")
         self._context: BaseContext | None = None
         if "forkserver" in multiprocessing.get_all_start_methods():
             self._context = multiprocessing.get_context("forkserver")
             self._context.set_forkserver_preload(["turret.train.proof"])
 
     def __call__(self, folder: Path, timeout: float) -> str:
-        if self._context is None:
+        if self._context is None or os.environ.get("PYTHONPATH") != self._path:  # read when Python starts
             return self.run(folder, timeout)
         process = self._context.Process(target=_read_back, args=(str(folder), environment()))
         process.start()

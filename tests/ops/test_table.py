@@ -91,7 +91,6 @@ PRODUCTS = {  # operation -> where it is written: module, and function
     },
     "a frozen layer": {
         "ops/core.py Ops.linear_few",
-        "ops/lora.py CpuRows._linear",
         "ops/lora.py FrozenProducts.backward",
         "ops/lora.py FrozenProducts.forward",
         "quantized.py FourBitProducts.backward",
