@@ -130,7 +130,7 @@ def _training(
     batches = [batch for _, batch in run.remaining()]
 
     def step(batch: Any) -> None:
-        run.slot.train(batch, OptimStep(LEARNING_RATE, clip=recipe.train.gradient_clip))
+        run.slot.train_step(batch, OptimStep(LEARNING_RATE, clip=recipe.train.gradient_clip))
 
     def block() -> float:
         began = time.perf_counter()

@@ -76,7 +76,7 @@ def turret(job: Job) -> tuple[Step, Decode | None]:
     def step(rows: list[list[int]]) -> float:
         own: Any = None
         items = [EncodedRow(own, torch.tensor(row[:-K]), torch.tensor(row[-K:])) for row in rows]
-        return slot.train(items, OptimStep(RATE, clip=CLIP))[0]
+        return slot.train_step(items, OptimStep(RATE, clip=CLIP))[0]
 
     return step, None
 

@@ -41,7 +41,7 @@ def step_counts(
         settings = {**FULL, "method.lora_dropout": dropout}
         task, optimiser, items = tiny.started(base, "summarize", **settings)
         gpu.clear()
-        LocalSlot(base, task, optimiser, 42, 1024).train(items, OptimStep(1e-3, clip=1.0))
+        LocalSlot(base, task, optimiser, 42, 1024).train_step(items, OptimStep(1e-3, clip=1.0))
         return Counter(gpu.launches), Counter(gpu.syncs)
 
 
@@ -224,7 +224,7 @@ def test_a_training_step_waits_for_two_numbers_and_copies_what_it_reads() -> Non
         to_gpu(base.model)
         task, optimiser, items = tiny.started(base, "summarize", **FULL)
         gpu.clear()
-        LocalSlot(base, task, optimiser, 42, 1024).train(items, OptimStep(1e-3, clip=1.0))
+        LocalSlot(base, task, optimiser, 42, 1024).train_step(items, OptimStep(1e-3, clip=1.0))
         assert dict(gpu.syncs) == {"a number": 2}, gpu.syncs  # the loss, and the norm of the gradients
         assert sum(gpu.copies.values()) <= 10, gpu.copies
         assert ("MainThread", "cuda:0") in gpu.devices, "programs start on the base's own GPU"

@@ -70,7 +70,7 @@ def stepped(family: str, method: str, on_gpu: bool, dtype: torch.dtype = torch.f
         kept: list[torch.Tensor] = []
         update = optimiser.step
         optimiser.step = lambda rate: (kept.append(on_cpu(optimiser.gradients).clone()), update(rate))[1]  # type: ignore[method-assign]
-        loss, norm = LocalSlot(base, task, optimiser, 42, 256).train(items, OptimStep(1e-3, clip=0.0))
+        loss, norm = LocalSlot(base, task, optimiser, 42, 256).train_step(items, OptimStep(1e-3, clip=0.0))
         base.model.eval()
         targets = [] if kind == "classify" else [item.target for item in items[:3]]
         with torch.no_grad():

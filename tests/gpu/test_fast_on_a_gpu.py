@@ -55,7 +55,7 @@ def stepped(fast: bool) -> tuple[float, torch.Tensor]:
         task, optimiser, items = tiny.started(base, "summarize", **settings)
         update = optimiser.step
         optimiser.step = lambda rate: (kept.append(optimiser.gradients.clone()), update(rate))[1]  # type: ignore[method-assign]
-        loss, _ = LocalSlot(base, task, optimiser, 42, 256).train(items, OptimStep(1e-3, clip=0.0))
+        loss, _ = LocalSlot(base, task, optimiser, 42, 256).train_step(items, OptimStep(1e-3, clip=0.0))
     return loss, kept[0].cpu()
 
 

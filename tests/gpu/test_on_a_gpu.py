@@ -141,7 +141,7 @@ def stepped(family: str, method: dict[str, Any], device: torch.device) -> tuple[
     task, optimiser, items = tiny.started(base, kind, **method)
     kept: list[torch.Tensor] = []
     optimiser.step = lambda rate: kept.append(optimiser.gradients.clone())
-    loss, _ = LocalSlot(base, task, optimiser, 42, 256).train(items, OptimStep(1e-3, clip=0.0))
+    loss, _ = LocalSlot(base, task, optimiser, 42, 256).train_step(items, OptimStep(1e-3, clip=0.0))
     return loss, kept[0]
 
 

@@ -88,7 +88,7 @@ def test_checkpointed_layers_have_the_same_gradients(family: str) -> None:
         task, optimiser, items = tiny.started(base, kind, train__checkpoint_layers=checkpointed)
         kept: list[torch.Tensor] = []
         optimiser.step = lambda rate, kept=kept, own=optimiser: kept.append(own.gradients.clone())
-        LocalSlot(base, task, optimiser, 42, 256).train(items, OptimStep(1e-3, clip=0.0))
+        LocalSlot(base, task, optimiser, 42, 256).train_step(items, OptimStep(1e-3, clip=0.0))
         found.append(kept[0])
     near(found[1], found[0], 1e-6)
 

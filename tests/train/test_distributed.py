@@ -104,7 +104,7 @@ def test_the_shares_of_a_batch_add_up_to_it_and_one_alone_does_not(kind: Any, co
     parts = []
     for here in (Deaf(0, 1), Deaf(0, 2), Deaf(1, 2)):
         start = optimiser.weights.clone()
-        LocalSlot(on, task, optimiser, 42, 30, here).train(batch, OptimStep(0.0, clip=None))
+        LocalSlot(on, task, optimiser, 42, 30, here).train_step(batch, OptimStep(0.0, clip=None))
         optimiser.set_weights(start)
         parts.append(here.__dict__["kept"][0])
     whole, first, second = ([gradient, loss] for gradient, loss in parts)

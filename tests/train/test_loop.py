@@ -118,7 +118,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(family: str, kind: s
     seen = {}
     for most in (1, 20, 45, 10_000):
         kept = optimiser.weights.clone()
-        got, norm = LocalSlot(on, task, optimiser, 42, most).train(batch, OptimStep(0.0, clip=None))
+        got, norm = LocalSlot(on, task, optimiser, 42, most).train_step(batch, OptimStep(0.0, clip=None))
         assert got == pytest.approx(float(loss.detach()), rel=1e-5)
         assert norm == pytest.approx(float(whole.norm()), rel=1e-4)
         assert torch.equal(optimiser.weights, kept)

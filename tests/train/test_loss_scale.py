@@ -40,7 +40,7 @@ def gradients(scale: LossScale | None, loss_factor: float = 1.0) -> torch.Tensor
     whole = slot.task.loss
     slot.task.loss = lambda logits, targets: whole(logits, targets) * loss_factor
     slot.scale = scale
-    slot.train(items, STEP)
+    slot.train_step(items, STEP)
     return kept[0] / loss_factor
 
 
@@ -92,7 +92,7 @@ def test_gradients_that_no_scale_makes_finite_end_the_training() -> None:
     clip = slot.optimiser.clip_gradients
     slot.optimiser.clip_gradients = lambda largest: (clip(largest), torch.inf)[1]
     with pytest.raises(LossNotFinite, match="norm of the gradients became inf"):
-        slot.train(items, STEP)
+        slot.train_step(items, STEP)
 
 
 @pytest.mark.slow

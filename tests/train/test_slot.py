@@ -309,10 +309,10 @@ def test_the_verbs_one_by_one_are_the_step_of_the_training_loop(engine: Engine) 
     with classifier(engine) as one, classifier(engine) as other, classifier(engine) as control:
         rows = encode(one.task, LABELLED)
         for _ in range(3):
-            together = other._run(lambda: other._local.train(rows, how))
+            together = other._run(lambda: other._local.train_step(rows, how))
             assert verb_by_verb(one, LABELLED, how) == together
-            control._run(lambda: control._local.train(rows, replace(how, weight_decay=0.0)))
-        assert verb_by_verb(one._local, rows, how) == other._local.train(rows, how)
+            control._run(lambda: control._local.train_step(rows, replace(how, weight_decay=0.0)))
+        assert verb_by_verb(one._local, rows, how) == other._local.train_step(rows, how)
         assert one.steps == other.steps == 4
         assert equal(one.save(), other.save())
         assert not equal(one.save(), control.save())

@@ -219,7 +219,7 @@ class HeadStart:
                     step, total=steps, peak=lr, warmup=max(1, round(WARMUP * steps)), schedule="linear"
                 )
                 batch = [replace(items[row], wanted=wanted[row]) for row in indices]
-                slot.train(batch, recipe_step(train, rate), teaching)
+                slot.train_step(batch, recipe_step(train, rate), teaching)
                 if time.monotonic() - said > SAY_SECONDS:
                     said = time.monotonic()
                     say(f"teaching the adapter the mean that the head starts with: {step} of {steps} steps")

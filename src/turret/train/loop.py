@@ -105,7 +105,7 @@ def fit(
                     step, total=run.schedule.steps, peak=run.lr, warmup=run.warmup, schedule=train.schedule
                 )
                 started = clock()
-                loss, norm = run.slot.train(batch, recipe_step(train, rate))
+                loss, norm = run.slot.train_step(batch, recipe_step(train, rate))
                 seconds = clock() - started
 
                 metrics = None

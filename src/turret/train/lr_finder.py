@@ -192,7 +192,7 @@ class Trials:
             batch = self.items.take(indices)
             rate = learning_rate(step, total=self.steps, peak=lr, warmup=warmup, schedule="constant")
             try:
-                loss, _ = self.slot.train(batch, recipe_step(train, rate))
+                loss, _ = self.slot.train_step(batch, recipe_step(train, rate))
             except LossNotFinite:
                 return None
             losses.append(loss)

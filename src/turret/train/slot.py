@@ -149,7 +149,7 @@ class LocalSlot:
         self._added = 0
         return clip_and_step(self.optimiser, step)
 
-    def train(self, rows: Sequence[EncodedRow], step: OptimStep, loss: Loss | None = None) -> tuple[float, float]:
+    def train_step(self, rows: Sequence[EncodedRow], step: OptimStep, loss: Loss | None = None) -> tuple[float, float]:
         """Both verbs at once. In float16 gradients that overflow are computed again, with half the loss scale.
 
         Args:

@@ -1,4 +1,4 @@
-"""What an optimiser step computes: the losses of micro-batches, without padding. `LocalSlot.train` takes the step."""
+"""What an optimiser step computes: losses of micro-batches, without padding. `LocalSlot.train_step` takes the step."""
 
 from __future__ import annotations
 
