@@ -93,6 +93,7 @@ def test_push_makes_a_private_repository_that_holds_the_export_and_pull_brings_i
     assert Workspace(elsewhere).predict("sentiment", TEXTS) == workspace.predict("sentiment", TEXTS)
 
 
+@pytest.mark.slow
 def test_pushing_the_same_again_makes_no_commit_and_another_form_leaves_no_file_of_the_first(
     turret: Client, hub: StandIn, store: str
 ) -> None:

@@ -222,7 +222,7 @@ def _race(where: str, processes: int, count: int, verbs: str) -> None:
 )
 def test_processes_at_all_verbs_at_once_break_nothing(where, verbs) -> None:
     """All put the same few contents again and again, while others delete and collect them."""
-    _race(where, 3, 25 if Location.parse(where).catalog is None else 8, verbs)
+    _race(where, 3, 8, verbs)
 
 
 @pytest.mark.slow
@@ -234,7 +234,7 @@ def test_six_processes_at_all_verbs_for_long_break_nothing(where, verbs) -> None
 @pytest.mark.parametrize(
     ("where", "processes", "count"),
     [
-        ("folder", 3, 4),
+        pytest.param("folder", 3, 4, marks=pytest.mark.slow),
         pytest.param("folder", 4, 8, marks=pytest.mark.slow),
         pytest.param("url", 3, 3, marks=pytest.mark.slow),
         pytest.param("url", 6, 20, marks=pytest.mark.slow),
