@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def size(count: float | None) -> str:
     """Bytes: `980 B`, `87.0 kB`, `1.2 MB`."""
-    if count is None:
-        return "?"
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            break
-        count /= 1000
-    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+    return "?" if count is None else _scaled(count, (" B", " kB", " MB", " GB"))
 
 
 def many(count: float) -> str:
     """A count: `980`, `74.0k`, `22.7M`."""
-    for unit in ("", "k", "M", "B"):
-        if abs(count) < 1000 or unit == "B":
-            break
-        count /= 1000
-    return f"{count:.0f}{unit}" if unit == "" or count >= 100 else f"{count:.1f}{unit}"
+    return _scaled(count, ("", "k", "M", "B"))
+
+
+def _scaled(count: float, units: Sequence[str]) -> str:
+    """A number in the unit in which it is below 1000, or in the last one. Each unit is 1000 of the one before."""
+    power = 0
+    while abs(count) >= 1000 and power < len(units) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:.{0 if power == 0 or count >= 100 else 1}f}{units[power]}"
 
 
 def span(seconds: float) -> str:
