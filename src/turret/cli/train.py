@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,6 +28,7 @@ from turret.cli.output import (
 )
 from turret.errors import RecipeError, SeveralLabels
 from turret.json_types import Plain
+from turret.process import Closing
 from turret.tasks import main_metric
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ SHOWN = {  # settings that are printed even at their defaults
 }
 
 
-class Progress:
+class Progress(Closing):
     """Prints the reports of `Workspace.train`, and its result."""
 
     def __init__(self, as_json: bool) -> None:
@@ -191,17 +191,9 @@ class Progress:
         self._printed = -1  # tenths of the steps
         self._seconds, self._steps = 0.0, 0  # of this process
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._clear()
-
     def stage(self, text: str) -> None:
         """Work without steps has started."""
-        self._clear()
+        self.close()
         if self._live:
             self._status = self._err.status(f"[dim]{safe(text)}[/]", spinner="dots")
             self._status.start()
@@ -210,11 +202,11 @@ class Progress:
 
     def warning(self, text: str) -> None:
         """Something failed that does not stop the training."""
-        self._clear()
+        self.close()
         self._err.print(f"[yellow]warn[/]  {safe(text)}")
 
     def show_plan(self, planned: Planned) -> None:
-        self._clear()
+        self.close()
         print_plan(planned, self._out)
 
     def record(self, record: StepRecord) -> None:
@@ -233,7 +225,7 @@ class Progress:
 
     def show_result(self, result: RunResult, store: str) -> None:
         """The training has ended."""
-        self._clear()
+        self.close()
         print_result(result, store, self._out)
 
     def _text(self, record: StepRecord, room: int = 240) -> str:
@@ -249,7 +241,7 @@ class Progress:
         if self._bar is None:
             from rich import progress
 
-            self._clear()
+            self.close()
             self._bar = progress.Progress(
                 progress.SpinnerColumn(),
                 progress.BarColumn(bar_width=BAR),
@@ -264,7 +256,8 @@ class Progress:
         room = self._err.width - len(f"s {BAR * '-'} {record.step}/{record.steps}  ") - len(" 0:00:00 left")
         self._bar.update(self._bar.task_ids[0], completed=record.step, description=self._text(record, room))
 
-    def _clear(self) -> None:
+    def close(self) -> None:
+        """Clear what is shown."""
         for live in (self._status, self._bar):
             if live is not None:
                 live.stop()

@@ -941,10 +941,9 @@ def _load_library() -> tuple[dict[torch.dtype, CpuOps], str]:
     try:
         loaded, origin = load()
         every = {dtype: CpuOps(loaded, dtype) for dtype in TOLERANCES}
+        # The pass that asked first may be one of `checkpoint`, which counts what is saved.
         with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept):
-            require_close(
-                every.values()
-            )  # the pass that asked first may be one of `checkpoint`, which counts what is saved
+            require_close(every.values())
     except (NotBuilt, AttributeError) as error:  # AttributeError: the library lacks a kernel
         return {}, str(error)
     return every, origin
