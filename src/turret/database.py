@@ -93,6 +93,7 @@ from turret.sqlite import Sqlite
 
 OLDEST, SCHEMA = "0012", "0022"  # the first and the newest file in migrations/versions, as a test checks
 TRAINING, CELL, STUDY, BATCH = "training", "cell", "study", "batch"  # kinds of jobs
+OPEN_STATES = ("waiting", "running")  # of a job that has not ended
 UPSERTED = 500  # rows of a statement
 LONGEST_NAME = 100  # characters of an adapter's name among sums of usage
 LONGEST_RECEIPT = 120  # characters, of an answer that a promise covers

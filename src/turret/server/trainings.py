@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
 
+from turret.database import OPEN_STATES
 from turret.json_types import JsonObject, JsonValue
 from turret.recipe import Recipe
 from turret.server.error_responses import without_paths
@@ -29,7 +30,6 @@ from turret.workspace.progress import CellState
 from turret.workspace.queueing import ComparisonRequest, Order, SentFiles, SweepOrder, as_spec
 
 MOST_CURVES = 6  # in one plot
-OPEN = ("waiting", "running")  # states of what has not ended
 SENT = re.compile(f"({client_files.ID})(/.*)?")  # the source of a table that was sent before
 INSPECTION = TypeAdapter(Inspection)
 
@@ -141,12 +141,12 @@ class Study(BaseModel):
     @property
     def open(self) -> bool:
         """Whether it waits or runs."""
-        return self.state in OPEN
+        return self.state in OPEN_STATES
 
     @property
     def done(self) -> int:
         """Cells that have ended."""
-        return sum(each.state not in OPEN for each in self.cells)
+        return sum(each.state not in OPEN_STATES for each in self.cells)
 
     @property
     def best(self) -> float | None:
@@ -161,7 +161,7 @@ def study_from_row(row: StudyRow) -> Study:
     cells = []
     for each in found.get("cells", ()):
         why = None if each["error"] is None else without_paths(each["error"])
-        left = row["state"] not in OPEN and each["state"] in OPEN
+        left = row["state"] not in OPEN_STATES and each["state"] in OPEN_STATES
         cells.append(CellState(**each | {"error": why, "state": "cancelled" if left else each["state"]}))
     values: JsonObject = {key: row[key] for key in ("id", "name", "state", "created", "ended", "who")}
     values |= {key: found.get(key) for key in ("planned", "said", "report", "version", "recipe", "missing")}

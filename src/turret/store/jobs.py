@@ -44,6 +44,7 @@ from turret.access import DEFAULT
 from turret.database import (
     BATCH,
     CELL,
+    OPEN_STATES,
     STUDY,
     TRAINING,
     Database,
@@ -326,7 +327,7 @@ class JobQueue:
     def _add_cell(self, connection: Connection, study: str, new: NewCell, *, here: bool) -> str:
         id = cell_id(self._tenant, study, new.key)
         old = _entry_of(connection, id)
-        if old is not None and old.state in ("waiting", "running"):
+        if old is not None and old.state in OPEN_STATES:
             held = old.state == "running" and id in leases.held_leases(connection, HELD)
             if not here and (held or old.queued is not None):
                 return id
@@ -395,7 +396,7 @@ class JobQueue:
         """
         with self._database.writing() as connection:
             entry = self._entry(connection, run)
-            if entry.state not in ("waiting", "running"):
+            if entry.state not in OPEN_STATES:
                 raise InUse(f"run {run} is {entry.state}: only a waiting or running one can be cancelled")
             _record_change(connection, "cancel", entry)
             state = _cancel(connection, entry)
@@ -507,7 +508,7 @@ class JobQueue:
         """Take one job, if it is open and nobody has it; None otherwise."""
         with self._database.writing() as connection:
             entry = _entry_of(connection, id)
-            if entry is None or entry.state not in ("waiting", "running"):
+            if entry is None or entry.state not in OPEN_STATES:
                 return None
             if entry.queued is not None:
                 if entry.id in leases.held_leases(connection, HELD) or _end_lost(connection, entry):
@@ -731,7 +732,7 @@ def _record_change(connection: Connection, verb: str, entry: Entry) -> None:
 
 def _open(kinds: Sequence[str]) -> ColumnElement[bool]:
     """The jobs of some kinds that wait or run, and are from the queue."""
-    return jobs.c.state.in_(("waiting", "running")) & jobs.c.kind.in_(kinds) & jobs.c.queued.is_not(None)
+    return jobs.c.state.in_(OPEN_STATES) & jobs.c.kind.in_(kinds) & jobs.c.queued.is_not(None)
 
 
 def _count_waiting(connection: Connection, kinds: Sequence[str], *conditions: ColumnElement[bool]) -> int:

@@ -24,7 +24,7 @@ from sqlalchemy import Connection, Text, cast, select
 
 from turret.access import DEFAULT
 from turret.data import memory
-from turret.database import TRAINING, Database, access_of, jobs, versions
+from turret.database import OPEN_STATES, TRAINING, Database, access_of, jobs, versions
 from turret.disk import PRIVATE, bytes_below, make_folder, permissions, sync
 from turret.store import scratch
 from turret.store.artifacts import Artifact, Artifacts
@@ -119,7 +119,7 @@ def _folders(root: Path, name: str) -> list[tuple[str, Path]]:
 
 def _unneeded_data(connection: Connection, root: Path, artifacts: Artifacts) -> tuple[list[Path], list[Artifact]]:
     """The folders of this machine, and the files of the store, whose data no waiting or running training names."""
-    open_ = jobs.c.queued.is_not(None) & jobs.c.state.in_(("waiting", "running"))
+    open_ = jobs.c.queued.is_not(None) & jobs.c.state.in_(OPEN_STATES)
     rows = connection.execute(select(jobs.c.tenant, jobs.c.recipe, jobs.c.spec).where(open_)).all()
     texts = [(row.tenant, text) for row in rows for text in (row.recipe, (row.spec or {}).get("source")) if text]
     needed = {(tenant, place) for tenant, text in texts for place in PLACE.findall(text)}

@@ -26,7 +26,7 @@ from turret.amounts import span
 from turret.compare.design import Candidate, Cell
 from turret.compare.results import CellResult
 from turret.data import Dataset
-from turret.database import Database
+from turret.database import OPEN_STATES, Database
 from turret.disk import replace_text
 from turret.errors import Interrupted, InUse, QueueFull, RecipeError, StoreError, TrainingError, needs, one_line
 from turret.json_types import JsonObject, Plain
@@ -351,7 +351,7 @@ class CellRunner(CellJobs):
             tasks.tell(self._progress(cells, {cell.key: str(states[id]["state"]) for id, cell in waiting.items()}))
             try:
                 tasks.check()
-                for id in [id for id in waiting if states[id]["state"] not in ("waiting", "running")]:
+                for id in [id for id in waiting if states[id]["state"] not in OPEN_STATES]:
                     self._collect(waiting.pop(id), states[id])
             except TrainingError:
                 self._queue.cancel_cells(waiting)

@@ -31,7 +31,7 @@ from typing import Protocol
 
 from turret import process
 from turret.access import ANY
-from turret.database import CELL, STUDY
+from turret.database import CELL, OPEN_STATES, STUDY
 from turret.errors import BadLocation, Interrupted, LeaseLost, NotFound, RecipeError, StoreError
 from turret.process import kill_child
 from turret.recipe import AUTO, Recipe
@@ -177,7 +177,7 @@ class Worker:
             found = self._queue.states([id]).get(id)
             if found is None:
                 raise NotFound(f"no job {ascii(id)[:60]}: `turret runs` lists trainings")
-            if found["state"] not in ("waiting", "running"):
+            if found["state"] not in OPEN_STATES:
                 return str(found["state"])
             if self.run_one(id, self._say):
                 return str(self._queue.states([id])[id]["state"])

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from turret.data import Dataset
+from turret.database import OPEN_STATES
 from turret.errors import QueueFull, RecipeError, TrainingError, needs, shown
 from turret.json_types import JsonObject
 from turret.recipe import Recipe
@@ -536,7 +537,7 @@ class _Running(CellJobs):
             tasks.tell(self._progress())
             for id, trial in list(self._open.items()):
                 self._look_at(trial)
-                if states[id]["state"] not in ("waiting", "running"):
+                if states[id]["state"] not in OPEN_STATES:
                     del self._open[id]
                     self._note_end(trial, states[id], pruned=id in stopped)
                 elif id not in stopped and self._proposes.ends(trial):
