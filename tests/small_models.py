@@ -19,6 +19,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.initialization import no_init_weights
 
 Task = Literal["classify", "generate", "body"]
 
@@ -256,9 +257,9 @@ def build(family: str, task: Task, num_labels: int = 3, seed: int = 0, **changes
     """A small random model in eval mode; the global random generator is left as it was."""
     if task == "classify":
         changes = {"num_labels": num_labels, **changes}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with no_init_weights():  # all are filled below: to draw them first takes most of the time
         model = _class_of(family, task)(config(family, **changes))
+    model.tie_weights()
     prefix = model.base_model_prefix + "."
     for name, parameter in model.named_parameters():
         _fill(name.removeprefix(prefix), parameter, seed)
