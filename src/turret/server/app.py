@@ -139,10 +139,9 @@ def routes(services: Services) -> FastAPI:
         docs_url=None,  # its pages load scripts from another host
         redoc_url=None,
         redirect_slashes=False,
+        routes=[route for each in ROUTERS for route in each.routes],  # `include_router` would make each a second time
     )
     app.state.services, app.guard = services, getattr(services, "guard", None)
-    for each in ROUTERS:
-        app.include_router(each)
 
     @app.exception_handler(TurretError)
     async def on_error(request: Request, error: TurretError) -> Response:
