@@ -110,11 +110,6 @@ class StudyPlan(BaseModel):
     rows: list[PlanRow]
     said: list[str] = Field(description="Who judges, and what this design can decide.")
 
-    @property
-    def refused(self) -> list[PlanRow]:
-        """The rows that no training would begin of."""
-        return [row for row in self.rows if row.refused]
-
 
 class Study(BaseModel):
     """A comparison or a sweep that workers conduct."""
@@ -138,21 +133,6 @@ class Study(BaseModel):
     recipe: str | None = Field(description="TOML, of the best trial.")
     missing: int | None = Field(description="Cells that did not run, of one that has finished.")
 
-    @property
-    def open(self) -> bool:
-        """Whether it waits or runs."""
-        return self.state in OPEN_STATES
-
-    @property
-    def done(self) -> int:
-        """Cells that have ended."""
-        return sum(each.state not in OPEN_STATES for each in self.cells)
-
-    @property
-    def best(self) -> float | None:
-        """The highest score so far."""
-        return max((each.score for each in self.cells if each.score is not None), default=None)
-
 
 def study_from_row(row: StudyRow) -> Study:
     """A study as a client sees it, from its row in the queue."""
@@ -174,8 +154,8 @@ def plan_study(view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes
     study = as_spec(order, recipe.data.source)
     with _sent_data(view, owner, recipe, files) as (recipe, tables, own):
         found = StudyPlan(**view.services.previews.plan(view.workspace.store, recipe, tables, own, study))
-    for row in found.refused:
-        row.refused = without_paths(str(row.refused))
+    for row in found.rows:
+        row.refused = row.refused and without_paths(row.refused)
     return found
 
 

@@ -35,6 +35,7 @@ from starlette.types import Message, Scope, Send
 
 from turret import amounts, tasks
 from turret.compare.report_text import milliseconds, percent
+from turret.database import OPEN_STATES
 from turret.errors import BadRequest, Forbidden, NotFound, TurretError
 from turret.experiments.experiment import read_duration
 from turret.json_types import JsonObject, JsonValue, Plain
@@ -79,6 +80,7 @@ def _environment() -> Environment:
     environment.filters |= {"bytes": amounts.size, "count": amounts.many, "seconds": amounts.span, "zip": zip}
     environment.filters |= {"method": describe_method, "ms": milliseconds, "said": value_said}
     environment.globals |= {"digest": digest, "pages": MENU, "version_of_turret": __version__}
+    environment.globals["open_states"] = OPEN_STATES
     return environment
 
 

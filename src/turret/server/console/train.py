@@ -16,7 +16,6 @@ from pydantic import StringConstraints
 
 from turret.data import source as tables
 from turret.errors import BadRequest, NotFound, TurretError
-from turret.json_types import JsonObject
 from turret.methods import METHODS
 from turret.methods import SHOWN as METHODS_SHOWN
 from turret.recipe import AUTO, Recipe, toml_text
@@ -32,7 +31,6 @@ from turret.workspace.inspecting import Inspection
 router = pages()
 USUAL = next(iter(METHODS_SHOWN))  # method
 MOST = 50  # tables in the list
-LEVELS = ("refuse", "warn", "ok")  # of checks, in the order of the page
 SECTIONS = ("data", "task", "train")  # of a recipe, whose keys a form may set
 STEPS = {  # what a table is for -> the path of the next step, and the words of its button
     "plan": ("/train/plan", "Check the plan"),
@@ -159,8 +157,7 @@ async def _look(page: Page, chosen: Chosen, error: TurretError | None = None) ->
         "problem": made.problem,
         "kind": kind,
         "kinds": list(TASKS),
-        "roles": [] if task is None else _columns(task, chosen, made),
-        "used": {} if made.guess is None else _column_roles(made.guess.columns),
+        "schema": None if task is None else task.schema(),
         "base": chosen.settings.get("base") or _base_for(page.view, task),
         "suggested": [AUTO, *(each.name for each in page.view.engines.bases)],
         "methods": METHODS_SHOWN,
@@ -171,31 +168,6 @@ async def _look(page: Page, chosen: Chosen, error: TurretError | None = None) ->
 
 async def _draft_recipe(page: Page, chosen: Chosen) -> Inspection:
     return await page.view.preview(trainings.draft, page.view, page.owner, chosen.source, {}, chosen.as_settings())
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A role of the task, with the column that has it. several: it may be several columns."""
-
-    role: str
-    columns: list[str]
-    several: bool
-
-
-def _columns(task: type[Task], chosen: Chosen, made: Inspection) -> list[Choice]:
-    schema, guessed = task.schema(), {} if made.guess is None else made.guess.columns
-    found = []
-    for role in schema.roles:
-        named = chosen.settings.get(f"data.{role}") or guessed.get(role) or []
-        several = schema.several and role == schema.usual[-1]
-        found.append(Choice(role, [named] if isinstance(named, str) else list(named), several))
-    return found
-
-
-def _column_roles(columns: Mapping[str, str | list[str]]) -> dict[str, str]:
-    """Column -> role."""
-    every = ((role, [named] if isinstance(named, str) else named) for role, named in columns.items())
-    return {column: role for role, named in every for column in named}
 
 
 def _base_for(view: View, task: type[Task] | None) -> str:
@@ -217,8 +189,8 @@ async def plan(page: Page, view: View, form: Sent) -> Response:
         recipe = await view.parsing(Recipe.from_toml, text)
         planned = await view.preview(trainings.plan, view, page.owner, recipe, {})
     except TurretError as error:
-        return _plan_page(page, text, source, None, error)
-    return _plan_page(page, text, source, planned)
+        return page.show("train_plan.html.j2", error=error, text=text, source=source, planned=None)
+    return page.show("train_plan.html.j2", text=text, source=source, planned=planned)
 
 
 async def recipe_in(page: Page, form: Form) -> str | Response:
@@ -241,22 +213,8 @@ async def start(page: Page, view: View, form: Sent) -> Response:
         recipe = await view.parsing(Recipe.from_toml, text)
         run = await view.control(trainings.submit, view, page.owner, recipe, {})
     except TurretError as error:
-        return _plan_page(page, text, form.text("source"), None, error)
+        return page.show("train_plan.html.j2", error=error, text=text, source=form.text("source"), planned=None)
     return page.redirect(f"/runs/{run['id']}")
-
-
-def _plan_page(
-    page: Page, text: str, source: str, planned: JsonObject | None, error: TurretError | None = None
-) -> Response:
-    checks = sorted(planned["plan"]["checks"] if planned else [], key=lambda each: LEVELS.index(each["level"]))
-    values = {
-        "text": text,
-        "source": source,
-        "planned": planned,
-        "checks": checks,
-        "refused": any(each["level"] == "refuse" for each in checks),
-    }
-    return page.show("train_plan.html.j2", error=error, **values)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
