@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Annotated
 
 from fastapi import Path, Query, Response
 
-from turret.compare.evaluation_page import Live, Step, decided_plot, reliability_plot, shown_details, steps
-from turret.compare.results import RunReport
+from turret.compare.evaluation_page import Live, decided_plot, reliability_plot, shown_details, steps
 from turret.errors import BadRequest, NotFound, TurretError
-from turret.json_types import JsonMapping
 from turret.manifest import Manifest, base_in
 from turret.reference import check_alias
 from turret.server import moves
@@ -22,10 +19,8 @@ from turret.server.error_responses import as_bad_request
 from turret.server.routes import View
 from turret.store import Panel, Question, Version, fold_comparisons, promises
 from turret.store.catalog import PRODUCTION
-from turret.tasks.calibration import Sureness
 from turret.tasks.shapes import SplitMetrics, number_in, parts_in
 from turret.workspace import promising
-from turret.workspace.promising import PromiseStatus
 
 router = pages()
 Name = Annotated[str, Path(min_length=1, max_length=200)]
@@ -40,9 +35,16 @@ SUGGESTED_ALIASES = (PRODUCTION, "candidate")
 async def listing(page: Page, view: View) -> Response:
     """All names."""
     versions = await view.control(view.workspace.list)
-    names = [_summary(view, name, list(group)) for name, group in groupby(versions, key=lambda each: each.name)]
-    broken = await view.control(_broken_promises, view)
-    return page.show("adapters.html.j2", names=names, broken=broken, store=str(view.workspace.store))
+    values: render.Context = {
+        "every": versions,
+        "names": [(name, list(group)) for name, group in groupby(versions, key=lambda each: each.name)],
+        "plain": _plain,
+        "fold": fold_comparisons,
+        "loaded": {each.digest for each in view.engines.loaded_adapters()},
+        "broken": await view.control(_broken_promises, view),
+        "store": str(view.workspace.store),
+    }
+    return page.show("adapters.html.j2", **values)
 
 
 @router.get("/adapters/{name}")
@@ -121,20 +123,14 @@ async def verify(page: Page, view: View, name: Name, number: Number) -> Response
     return page.show("verified.html.j2", found=found, what=f"{name}@{number}")
 
 
-@dataclass(frozen=True)
-class ShownReport:
+def _report(view: View, run_id: str, metrics: SplitMetrics) -> render.Context | None:
     """What a version's training found on its held-out examples."""
-
-    report: RunReport
-    shown: JsonMapping
-
-
-def _report(view: View, run_id: str, metrics: SplitMetrics) -> ShownReport | None:
     try:
         report = view.workspace.run_report(run_id)
     except NotFound:
         return None
-    return ShownReport(report, shown_details(report.details, metrics.get(report.split) or {}, MOST_MISTAKES))
+    shown = shown_details(report.details, metrics.get(report.split) or {}, MOST_MISTAKES)
+    return {"report": report, "shown": shown}
 
 
 async def _values(view: View, name: str) -> render.Context:
@@ -176,22 +172,6 @@ def _broken_promises(view: View) -> set[str]:
         return {each.digest for each in promises.in_force(connection) if each.broken}
 
 
-def _summary(view: View, name: str, versions: Sequence[Version]) -> render.Context:
-    plain, (singles, compared) = _plain(versions), fold_comparisons(versions)
-    return {
-        "name": name,
-        "used": plain if plain is not None and PRODUCTION in plain.aliases else None,
-        "plain": plain,
-        "newest": versions[-1],
-        "shown": plain or versions[-1],
-        "count": len(singles),
-        "compared": sum(len(each.versions) for each in compared),
-        "bytes": sum(each.bytes for each in versions),
-        "aliases": [(alias, each.number) for each in versions for alias in each.aliases],
-        "loaded": sum(view.engines.in_memory(each.digest) for each in versions),
-    }
-
-
 def _plain(versions: Sequence[Version]) -> Version | None:
     """What the plain name means in the store, among all versions of the name by number."""
     used = (each for each in versions if PRODUCTION in each.aliases)
@@ -214,66 +194,6 @@ def _alias(text: str) -> str:
 
 # --- panels -----------------------------------------------------------------------------------------------------------
 # The pages of panels: all of them, and one with its questions, versions and moves.
-
-
-@dataclass(frozen=True)
-class AskedNow:
-    """A question of a panel, and the version that answers it now."""
-
-    question: Question
-    version: Version | None
-    problem: str | None  # why there is none
-    promised: PromiseStatus | None = None  # how the promise of the version stands
-
-    @property
-    def ece(self) -> float | None:
-        """The calibration error of its test or validation split, if it was measured."""
-        measured = {} if self.version is None else self.version.metrics
-        for split in ("test", "validation"):
-            values = measured.get(split, {})
-            if self.question.part:
-                values = parts_in(values, "per_question").get(self.question.part, {})
-            if "ece" in values:
-                return number_in(values, "ece")
-        return None
-
-    @property
-    def measured(self) -> str:
-        return "" if self.ece is None else render.points(self.ece)
-
-    @property
-    def threshold(self) -> float | None:
-        """The question's own, or else that of the promise."""
-        return self.question.least(None if self.promised is None else self.promised.promise.threshold)
-
-    @property
-    def drawn(self) -> Sureness | None:
-        """The answers to the examples that the promise's threshold was chosen on."""
-        return None if self.promised is None else self.promised.sureness
-
-    @property
-    def plots(self) -> tuple[str, str]:
-        """The error by the share that is decided, with the error of live outcomes, and the reliability: SVG."""
-        found, promised = self.drawn, self.promised
-        if found is None or promised is None:
-            return "", ""
-        bound, live = None, None
-        if promised.promise.metric == "error":
-            bound = promised.promise.error
-            share = promised.decided / max(promised.answers, 1)
-            live = Live(share, promised.standing.outcomes, promised.standing.wrong)
-        return decided_plot(found, self.threshold, bound, live), reliability_plot(found.bins)
-
-    @property
-    def steps(self) -> Sequence[Step]:
-        return [] if self.drawn is None else steps(self.drawn, self.threshold)
-
-    @property
-    def command(self) -> str | None:
-        """What gives the page its plots; None if its version can make no promise."""
-        if self.version is None or self.question.part:
-            return None
-        return f"turret promise {self.version} --error 2%"
 
 
 @router.get("/panels")
@@ -326,13 +246,35 @@ def _panel_values(view: View, reference: str) -> render.Context:
     }
 
 
-def _resolve_question(view: View, question: Question) -> AskedNow:
+def _resolve_question(view: View, question: Question) -> render.Context:
+    """A question, and the version that answers it now, with its promise and how it stands; or why there is none."""
+    found: render.Context = {"question": question, "version": None, "problem": None, "promised": None, "ece": None}
     try:
         version = view.workspace.resolve(view.aliases.exact(question.adapter))
     except TurretError as error:
-        return AskedNow(question, None, str(error))
+        return {**found, "problem": str(error)}
     try:
         promised = None if question.part else view.workspace.promise(str(version))
     except NotFound:
         promised = None
-    return AskedNow(question, version, None, promised)
+    found = {**found, "version": version, "promised": promised, "ece": _ece(version, question.part)}
+    if promised is None or promised.sureness is None:
+        return found
+    drawn, promise = promised.sureness, promised.promise
+    threshold, bound, live = question.least(promise.threshold), None, None
+    if promise.metric == "error":
+        bound, share = promise.error, promised.decided / max(promised.answers, 1)
+        live = Live(share, promised.standing.outcomes, promised.standing.wrong)
+    plots = decided_plot(drawn, threshold, bound, live), reliability_plot(drawn.bins)  # SVG
+    return {**found, "plots": plots, "steps": steps(drawn, threshold)}
+
+
+def _ece(version: Version, part: str) -> float | None:
+    """The calibration error of its test or validation split, if it was measured. part: of several questions."""
+    for split in ("test", "validation"):
+        values = version.metrics.get(split, {})
+        if part:
+            values = parts_in(values, "per_question").get(part, {})
+        if "ece" in values:
+            return number_in(values, "ece")
+    return None
