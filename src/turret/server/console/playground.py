@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Literal
 
 from fastapi import Response
 from pydantic import Field, ValidationError
@@ -34,7 +34,7 @@ from turret.server.questions import scores_pairs
 from turret.server.routes import Model, RequestState, View, answer_of_route, check_counts, pass_to_route
 from turret.store import Version
 from turret.tasks import stored_task
-from turret.tasks.shapes import LabelAnswer, SpanAnswer, TaskSpec
+from turret.tasks.shapes import TaskSpec
 from turret.tasks.task import RequestKind
 
 # --- what the form says -----------------------------------------------------------------------------------------------
@@ -297,36 +297,10 @@ MOST_FILE = 4 << 20  # bytes
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Token:
-    """A token of an answer with its probability, and the likely ones at its place."""
-
-    text: str
-    share: float
-    likely: str
-
-    @classmethod
-    def of(cls, text: str, logprob: float, likely: Iterable[tuple[str, float]]) -> Token:
-        """A token with logprobs."""
-        shares = (f"{ascii(each)[1:-1]} {math.exp(value):.0%}" for each, value in likely)
-        return cls(text, math.exp(logprob), ", ".join(shares))
-
-    @property
-    def level(self) -> int:
-        """From 0, surprising, to 4."""
-        return min(4, int(5 * self.share))
-
-
-class RouteAnswer(TypedDict, total=False):
-    """One answer of a route of the API."""
-
-    text: str
-    score: float
-    value: float | None
-    spans: list[SpanAnswer] | None
-    answers: dict[str, LabelAnswer] | None
-    label: str | list[str]
-    probabilities: dict[str, float]
+def _token(text: str, logprob: float, likely: Iterable[tuple[str, float]]) -> render.Context:
+    """A token with its probability, and the likely ones at its place. level: from 0, surprising, to 4."""
+    share, shares = math.exp(logprob), (f"{ascii(each)[1:-1]} {math.exp(value):.0%}" for each, value in likely)
+    return {"text": text, "share": share, "likely": ", ".join(shares), "level": min(4, int(5 * share))}
 
 
 @dataclass(frozen=True)
@@ -337,7 +311,7 @@ class Cell:
     share: float | None = None
 
     @classmethod
-    def of(cls, data: RouteAnswer) -> Cell:
+    def of(cls, data: JsonMapping) -> Cell:
         """One answer of a route, as one line where that is possible."""
         if "text" in data:
             return cls(data["text"])
@@ -381,30 +355,21 @@ class Answered:
         return Turn.model_validate({key: said.get(key) for key in ("role", "content", "tool_calls")})
 
     @property
-    def tokens(self) -> list[Token]:
+    def tokens(self) -> list[render.Context]:
         """Of a generated text, if probabilities were asked for."""
         given = self.found["choices"][0].get("logprobs") or {}
         if "content" in given:
             return [
-                Token.of(each["token"], each["logprob"], ((o["token"], o["logprob"]) for o in each["top_logprobs"]))
+                _token(each["token"], each["logprob"], ((o["token"], o["logprob"]) for o in each["top_logprobs"]))
                 for each in given["content"]
             ]
         columns = (given.get(key, ()) for key in ("tokens", "token_logprobs", "top_logprobs"))
-        return [Token.of(text, own, others.items()) for text, own, others in zip(*columns, strict=True)]
+        return [_token(text, own, others.items()) for text, own, others in zip(*columns, strict=True)]
 
     @property
     def cells(self) -> list[Cell]:
         """Of the rows of a table."""
         return [Cell.of(each) for each in self.found.get("choices") or self.found["data"]]
-
-    @property
-    def marked(self) -> list[tuple[str, str]]:
-        """The text in parts, each with its label; "" without one."""
-        text, parts, end = self.question.body["input"], list[tuple[str, str]](), 0
-        for span in self.found["data"][0]["spans"]:
-            parts += [(text[end : span["start"]], ""), (text[span["start"] : span["end"]], span["label"])]
-            end = span["end"]
-        return [*parts, (text[end:], "")]
 
 
 @dataclass(frozen=True)
