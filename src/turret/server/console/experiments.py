@@ -33,8 +33,6 @@ async def listing(page: Page, view: View) -> Response:
     """All experiments, the running ones first."""
     exists = await view.control(view.workspace.store.exists)
     found = await view.control(view.workspace.experiments) if exists else []
-    found = sorted(found, key=lambda each: each["created"], reverse=True)
-    found = sorted(found, key=lambda each: each["state"] != "running")
     return page.show("experiments.html.j2", found=found)
 
 
@@ -75,8 +73,7 @@ def _without_tipping_point(against: Mapping[str, Plain]) -> Mapping[str, Plain]:
 async def ask(page: Page, view: View, name: Name, number: Number, verb: Verb, arm: str | None = None) -> Response:
     """The dialog that confirms a change."""
     values = await _values(view, name, number)
-    candidates = [each for each in values["status"].analysis.arms if each.arm.role == "candidate" and each.arm.live]
-    return page.show("act.html.j2", **values, verb=verb, arm=arm, candidates=candidates)
+    return page.show("act.html.j2", **values, verb=verb, arm=arm)
 
 
 @router.post("/experiments/{name}/{number}/do/{verb}")
@@ -96,22 +93,7 @@ async def _values(view: View, name: str, number: int) -> render.Context:
     status = await view.control(view.workspace.experiment(name, number).status)
     from turret.experiments import status_text  # loads numpy, which the rest of the server does not need
 
-    experiment, running = status.experiment, status.experiment.state == "running"
-    history = [(each, status_text.event(each["verb"], each["detail"])) for each in reversed(status.analysis.history)]
-    return {
-        "status": status,
-        "experiment": experiment,
-        "running": running,
-        "history": history,
-        "next_share": experiment.next_share() if running else None,
-        "needed": status.as_json()["sample_ratio"]["needed"],
-        "text": {
-            "traffic": status_text.traffic(experiment),
-            "guards": status_text.guards(experiment),
-            "lives": status_text.lives(experiment),
-            "bears": status_text.bears(experiment),
-        },
-    }
+    return {"status": status, "experiment": status.experiment, "text": status_text}
 
 
 # --- what a person decides --------------------------------------------------------------------------------------------

@@ -277,14 +277,9 @@ async def jobs(page: Page, view: View) -> Response:
 async def show_store(page: Page, view: View) -> Response:
     """The contents of the store, and the traffic."""
     versions = await view.control(view.workspace.list)
-    stored = {
-        "where": str(view.workspace.store) if view.access.operates else f"tenant {view.access.tenant}",
-        "names": len({each.name for each in versions}),
-        "versions": len(versions),
-        "bytes": sum(each.bytes for each in versions),
-        "runs": len(await view.control(view.workspace.runs)),
-        "problems": await view.control(view.workspace.store.problems),
-    }
+    where = str(view.workspace.store) if view.access.operates else f"tenant {view.access.tenant}"
+    runs, problems = await view.control(view.workspace.runs), await view.control(view.workspace.store.problems)
+    stored = {"where": where, "versions": versions, "runs": len(runs), "problems": problems}
     values = await view.control(_traffic, view)
     return page.show("store.html.j2", stored=stored, example=_example(page, versions), **values)
 
