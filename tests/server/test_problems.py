@@ -6,7 +6,7 @@ import pytest
 
 from turret import errors
 from turret.errors import TurretError
-from turret.server.error_responses import TABLE, code_of, error_response, without_paths
+from turret.server.error_responses import STATUSES, code_of, error_response, without_paths
 from turret.server.metrics import MOST_VERSIONS, Metrics
 
 CLASSES = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, TurretError)]
@@ -24,7 +24,7 @@ def test_every_error_has_a_status_a_code_that_is_its_name_and_no_path(kind) -> N
 
 
 def test_the_statuses_that_clients_rely_on() -> None:
-    statuses = {kind.__name__: rule.status for kind, rule in TABLE.items()}
+    statuses = {kind.__name__: status for kind, status in STATUSES.items()}
     expected = {"Unauthorized": 401, "Forbidden": 403, "NotFound": 404, "TooLarge": 413, "QuotaSpent": 429}
     expected |= {"Busy": 429, "Draining": 503, "DataError": 400, "DeadlineExceeded": 504, "Corrupt": 500}
     assert expected.items() <= statuses.items()

@@ -23,53 +23,33 @@ from turret import errors
 from turret.errors import TurretError
 from turret.json_types import JsonObject
 
-
-@dataclass(frozen=True)
-class Rule:
-    """The response to one class of errors. message: replaces the error's own text."""
-
-    status: int
-    type: str
-    message: str | None = None
-
-
-_INVALID, _SERVER, _LIMIT = "invalid_request_error", "server_error", "rate_limit_error"
-_STORE = "the store cannot be read or written now: the server's log says why"
-
-# The rule of the nearest base class applies.
-TABLE: dict[type[BaseException], Rule] = {
-    errors.BadRequest: Rule(400, _INVALID),
-    errors.BadReference: Rule(404, _INVALID),  # nothing can have such a name
-    errors.BadArgument: Rule(400, _INVALID),
-    errors.RecipeError: Rule(400, _INVALID),
-    errors.DataError: Rule(400, _INVALID),
-    errors.NoRoom: Rule(400, _INVALID),
-    errors.Unauthorized: Rule(401, "authentication_error"),
-    errors.Forbidden: Rule(403, "permission_error"),
-    errors.NotFound: Rule(404, _INVALID),
-    errors.TooSlow: Rule(408, _INVALID),
-    errors.AdapterError: Rule(409, _INVALID),
-    errors.BundleError: Rule(409, _INVALID, "this version cannot be read: the server's log says why; verify it"),
-    errors.InUse: Rule(409, _INVALID),
-    errors.ExperimentError: Rule(409, _INVALID),
-    errors.BadExperiment: Rule(400, _INVALID),
-    errors.GateFailed: Rule(409, _INVALID),
-    errors.TooLarge: Rule(413, _INVALID),
-    errors.WrongMediaType: Rule(415, _INVALID),
-    errors.HeadersTooLarge: Rule(431, _INVALID),
-    errors.QuotaSpent: Rule(429, _LIMIT),
-    errors.Busy: Rule(429, _LIMIT),
-    errors.QueueFull: Rule(429, _LIMIT),
-    errors.Cancelled: Rule(503, _SERVER),
-    errors.Disconnected: Rule(499, _INVALID),  # nobody reads it: for the log
-    errors.Draining: Rule(503, _SERVER),
-    errors.StoreError: Rule(503, _SERVER, _STORE),
-    errors.Corrupt: Rule(500, _SERVER, "the stored bytes of this version are damaged: verify it, and store it again"),
-    errors.NotFinite: Rule(500, _SERVER),
-    errors.DeadlineExceeded: Rule(504, _SERVER),
-    TurretError: Rule(500, _SERVER, "the request failed: the server's log says why"),
-    Exception: Rule(500, _SERVER, "this is a bug in turret: the server's log has the request's id"),
+# The row of the nearest base class applies.
+_BY_STATUS: tuple[tuple[int, tuple[type[BaseException], ...]], ...] = (
+    (400, (errors.BadRequest, errors.BadArgument, errors.RecipeError, errors.BadExperiment)),
+    (400, (errors.DataError, errors.NoRoom)),  # the data of a request
+    (401, (errors.Unauthorized,)),
+    (403, (errors.Forbidden,)),
+    (404, (errors.NotFound, errors.BadReference)),  # nothing can have a bad name
+    (408, (errors.TooSlow,)),
+    (409, (errors.AdapterError, errors.BundleError, errors.InUse, errors.ExperimentError, errors.GateFailed)),
+    (413, (errors.TooLarge,)),
+    (415, (errors.WrongMediaType,)),
+    (429, (errors.QuotaSpent, errors.Busy, errors.QueueFull)),
+    (431, (errors.HeadersTooLarge,)),
+    (499, (errors.Disconnected,)),  # nobody reads it: for the log
+    (500, (errors.Corrupt, errors.NotFinite, TurretError, Exception)),
+    (503, (errors.Cancelled, errors.Draining, errors.StoreError)),
+    (504, (errors.DeadlineExceeded,)),
+)
+STATUSES = {kind: status for status, kinds in _BY_STATUS for kind in kinds}
+_SAID: dict[type[BaseException], str] = {  # replaces the error's own text
+    errors.BundleError: "this version cannot be read: the server's log says why; verify it",
+    errors.StoreError: "the store cannot be read or written now: the server's log says why",
+    errors.Corrupt: "the stored bytes of this version are damaged: verify it, and store it again",
+    TurretError: "the request failed: the server's log says why",
+    Exception: "this is a bug in turret: the server's log has the request's id",
 }
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed"}  # of FastAPI's own errors
 RETRY_AFTER = {429: 1.0, 503: 5.0}  # seconds, if the error does not say
 
@@ -97,20 +77,15 @@ def code_of(error: BaseException) -> str:
 
 def error_response(error: BaseException) -> ErrorResponse:
     """The response to an error."""
-    rule = next(TABLE[each] for each in type(error).__mro__ if each in TABLE)
-    return _response(
-        rule.status,
-        rule.message or without_paths(str(error)),
-        rule.type,
-        code_of(error),
-        retry_after=getattr(error, "retry_after", None),
-    )
+    kind = next(each for each in type(error).__mro__ if each in STATUSES)
+    message = _SAID.get(kind) or without_paths(str(error))
+    return _response(STATUSES[kind], message, code_of(error), retry_after=getattr(error, "retry_after", None))
 
 
 def status_response(status: int, message: str) -> ErrorResponse:
     """The response to an error of the router or of FastAPI."""
     code = CODES.get(status, "bad_request" if status < 500 else "internal_error")
-    return _response(status, message, _INVALID if status < 500 else _SERVER, code)
+    return _response(status, message, code)
 
 
 class Problem(TypedDict, total=False):
@@ -133,7 +108,7 @@ def validation_response(problems: Sequence[Problem]) -> ErrorResponse:
     where = path[1:] if path[:1] in (["body"], ["query"], ["path"]) else path
     text = "unknown key" if first.get("type") == "extra_forbidden" else str(first.get("msg", "cannot be read"))
     message = f"{'.'.join(where[:4])}: {text}" if where else text
-    return _response(400, message, _INVALID, "bad_request", where[0] if where else None)
+    return _response(400, message, "bad_request", where[0] if where else None)
 
 
 @contextmanager
@@ -177,8 +152,9 @@ async def send_error(
 
 
 def _response(
-    status: int, message: str, kind: str, code: str, param: str | None = None, retry_after: float | None = None
+    status: int, message: str, code: str, param: str | None = None, retry_after: float | None = None
 ) -> ErrorResponse:
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
     headers = {"content-type": "application/json"}
     if status in RETRY_AFTER:
