@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Description:
-    """What replaces or completes what an adapter says about itself."""
+    """What replaces or completes what an adapter says about itself, and how it is checked."""
 
     base: Annotated[str | None, Option(help="Replaces the base that the adapter names.")] = None
     task: options.Kind = None
@@ -32,6 +32,11 @@ class Description:
         list[str] | None,
         Option("--set", metavar="KEY=VALUE", help="A key of [task], such as task.prefix_text=...; repeatable."),
     ] = None
+    rank: Annotated[
+        int | None, Option(min=1, max=1024, help="Rank of the LoRA into which LoHa, LoKr and similar are converted.")
+    ] = None
+    base_quantization: options.BaseQuantization = "none"
+    device: options.Device = "auto"
 
     def given(self) -> JsonObject:
         """The arguments of an import. Raises RecipeError for a key of `--set` that is not of [task]."""
@@ -41,7 +46,8 @@ class Description:
             if not key.startswith("task."):
                 raise RecipeError(f"--set {key}: expected a key of [task], such as task.prefix_text")
             settings[key.removeprefix("task.")] = value
-        return {"base": self.base, "task": self.task, "labels": labels, "settings": settings}
+        known: JsonObject = {"base": self.base, "task": self.task, "rank": self.rank, "device": self.device}
+        return known | {"labels": labels, "settings": settings, "base_quantization": self.base_quantization}
 
 
 def import_(
@@ -49,28 +55,14 @@ def import_(
     source: Annotated[str, Argument(metavar="SOURCE", help="A PEFT folder, bundle, .zip, .tar.gz or Hub id.")],
     name: Annotated[str, Option(help="Name of the adapter in the store.")],
     description: Description,
-    rank: Annotated[
-        int | None, Option(min=1, max=1024, help="Rank of the LoRA into which LoHa, LoKr and similar are converted.")
-    ] = None,
-    base_quantization: options.BaseQuantization = "none",
-    device: options.Device = "auto",
     command: options.Command,
 ) -> None:
     """Check an adapter from elsewhere on its base, and store it.
 
     Reads safetensors only, never a pickle. A bundle that turret exported keeps its digest.
     """
-    found = command.perform(
-        print_imported,
-        command.workspace.import_adapter,
-        source,
-        name,
-        **description.given(),
-        rank=rank,
-        base_quantization=base_quantization,
-        device=device,
-    )
-    command.offer(f'predict {found.version} "a text of your own"', f"evaluate {found.version} OTHER.csv")
+    found = command.perform(print_imported, command.workspace.import_adapter, source, name, **description.given())
+    _offer_use(command, found)
 
 
 def export(
@@ -93,6 +85,11 @@ def export(
         "merged" if merged else "vllm" if vllm else "gguf" if gguf else "peft"
     )
     command.perform(_print_exported, command.workspace.export, reference, folder, form=form, force=force)
+
+
+def _offer_use(command: options.Command, found: Imported | Merged) -> None:
+    """Offer to ask the version that was stored, and to measure it."""
+    command.offer(f'predict {found.version} "a text of your own"', f"evaluate {found.version} OTHER.csv")
 
 
 def print_imported(found: Imported) -> None:
@@ -160,26 +157,16 @@ def pull(
     hub_id: HubId,
     name: Annotated[str | None, Option(help="Name in the store. Default: from the id.")] = None,
     revision: Annotated[str | None, Option(help="A branch, a tag or a commit.")] = None,
-    description: Description,
-    base_quantization: options.BaseQuantization = "none",
-    device: options.Device = "auto",
+    description: Annotated[Description, options.Without(("rank",))],
     command: options.Command,
 ) -> None:
     """Fetch an adapter from the Hub, check it on its base as `turret import` does, and store it.
 
     If the Hub cannot be reached, the copy in its cache is taken, and a note says so.
     """
-    found = command.perform(
-        print_imported,
-        command.workspace.hub.pull,
-        hub_id,
-        name,
-        revision=revision,
-        **description.given(),
-        base_quantization=base_quantization,
-        device=device,
-    )
-    command.offer(f'predict {found.version} "a text of your own"', f"evaluate {found.version} OTHER.csv")
+    verb, given = command.workspace.hub.pull, description.given()
+    found = command.perform(print_imported, verb, hub_id, name, revision=revision, **given)
+    _offer_use(command, found)
 
 
 def _print_pushed(found: Pushed) -> None:
@@ -211,7 +198,7 @@ def merge(
     found = command.perform(
         _print_merged, command.workspace.merge, references, name, how=how, weights=shares, density=density
     )
-    command.offer(f'predict {found.version} "a text of your own"', f"evaluate {found.version} OTHER.csv")
+    _offer_use(command, found)
 
 
 def _print_merged(found: Merged) -> None:
