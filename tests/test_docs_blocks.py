@@ -138,8 +138,9 @@ LINES = [
 
 
 def test_a_command_is_one_that_turret_takes() -> None:
+    turret: Any = typer.main.get_command(app)
     for name, line in LINES:
-        command: Any = typer.main.get_command(app)
+        command = turret
         arguments = tenant_first(shlex.split(line, comments=True)[1:])
         where = f"{name}: {line}"
         while arguments[:1] == ["--tenant"]:

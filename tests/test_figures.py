@@ -157,6 +157,7 @@ def test_every_block_and_chart_is_what_the_results_say() -> None:
     run(str(BENCHMARKS / "figures.py"), "--check")
 
 
+@pytest.mark.slow  # `make docs` checks every page
 def test_the_readme_says_what_the_results_say_and_a_figure_changed_by_hand_is_noticed() -> None:
     program = (
         "import figures\n"

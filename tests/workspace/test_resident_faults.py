@@ -202,8 +202,7 @@ def test_a_run_that_is_queued_while_its_worker_falls_asleep_is_started(
 
     submit()
     submit()
-    trainer = lambda queue, _: Instant(queue, submit)
-    worker = Worker(workspace.store, lambda _: None, 1, WorkerLimits(), trainer)
+    worker = Worker(workspace.store, lambda _: None, 1, WorkerLimits(), Instant(JobQueue.of(workspace.store), submit))
     thread = threading.Thread(target=worker.work, args=[True], daemon=True)
     thread.start()
     thread.join(120)
