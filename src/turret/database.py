@@ -51,7 +51,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from sqlalchemy import (
     JSON,
@@ -82,6 +82,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.types import TypeEngine
 
 from turret.access import DEFAULT, OPERATOR, Access
 from turret.disk import describe_error
@@ -114,6 +115,14 @@ def bytewise(length: int) -> String:
     return String(length).with_variant(String(length, collation="C"), "postgresql")
 
 
+T = TypeVar("T")
+
+
+def columns(kind: TypeEngine[T] | type[TypeEngine[T]], *names: str, nullable: bool = False) -> list[Column[T]]:
+    """Columns of one type, which are never NULL unless `nullable`."""
+    return [Column(name, kind, nullable=nullable) for name in names]
+
+
 adapters = Table(
     "adapters",
     metadata,
@@ -134,8 +143,7 @@ versions = Table(
     Column("created", String(32), nullable=False),
     Column("run", String(40), index=True),
     Column("bytes", BigInteger, nullable=False),
-    Column("metrics", JSON, nullable=False),
-    Column("manifest", JSON, nullable=False),
+    *columns(JSON, "metrics", "manifest"),
     Column("who", String(100)),
     Column("comparison", String(255)),
     UniqueConstraint("adapter_id", "number"),
@@ -212,8 +220,7 @@ replays = Table(
     Column("id", Integer, primary_key=True),
     Column("version", String(80), nullable=False, index=True),
     Column("golden", ForeignKey(golden_sets.c.digest), nullable=False),
-    Column("passed", Integer, nullable=False),
-    Column("total", Integer, nullable=False),
+    *columns(Integer, "passed", "total"),
     Column("first", JSON),
     Column("replayed", String(32), nullable=False),
     Column("tenant", bytewise(64), nullable=False, server_default=DEFAULT),
@@ -228,10 +235,8 @@ tokens = Table(
     Column("scopes", JSON, nullable=False),
     Column("created", String(32), nullable=False),
     Column("revoked", String(32)),
-    Column("requests_per_minute", Integer),
-    Column("tokens_per_minute", Integer),
-    Column("adapters", JSON),
-    Column("bases", JSON),
+    *columns(Integer, "requests_per_minute", "tokens_per_minute", nullable=True),
+    *columns(JSON, "adapters", "bases", nullable=True),
     Column("expires", String(32)),
     Column("former_hash", String(80)),
     Column("former_until", String(32)),
@@ -273,8 +278,7 @@ experiments = Table(
     Column("state", String(16), nullable=False, index=True),
     Column("alias", String(32), nullable=False),
     Column("salt", String(64), nullable=False),
-    Column("settings", JSON, nullable=False),
-    Column("arms", JSON, nullable=False),
+    *columns(JSON, "settings", "arms"),
     Column("created", String(32), nullable=False),
     Column("who", String(100)),
     Column("ended", String(32)),
@@ -333,12 +337,9 @@ experiment_health = Table(
     Column("id", Integer, primary_key=True),
     Column("experiment_id", ForeignKey(experiments.c.id), nullable=False, index=True),
     Column("arm", String(16), nullable=False),
-    Column("answers", Integer, nullable=False),
-    Column("errors", Integer, nullable=False),
-    Column("slow", Integer, nullable=False),
+    *columns(Integer, "answers", "errors", "slow"),
     Column("seconds", Float, nullable=False),
-    Column("compared", Integer, nullable=False),
-    Column("agreed", Integer, nullable=False),
+    *columns(Integer, "compared", "agreed"),
     Column("at", String(32), nullable=False),
 )
 panels = Table(
@@ -382,8 +383,7 @@ audit = Table(
     Column("who", String(100)),
     Column("verb", String(32), nullable=False),
     Column("what", String(200), nullable=False),
-    Column("before", JSON),
-    Column("after", JSON),
+    *columns(JSON, "before", "after", nullable=True),
 )
 _REFUSED = "the audit log is append-only"
 _KEEP_AUDIT = {  # dialect -> statements after those that make the tables
@@ -419,8 +419,7 @@ queue_limits = Table(
     "queue_limits",
     metadata,
     Column("tenant", bytewise(64), primary_key=True, server_default=DEFAULT),
-    Column("running", Integer),
-    Column("waiting", Integer),
+    *columns(Integer, "running", "waiting", nullable=True),
 )
 run_log = Table(
     "run_log",
@@ -464,15 +463,12 @@ batches = Table(
     Column("state", String(16), nullable=False, index=True),
     Column("endpoint", String(64), nullable=False),
     Column("input_file", String(40), nullable=False),
-    Column("output_file", String(40)),
-    Column("error_file", String(40)),
+    *columns(String(40), "output_file", "error_file", nullable=True),
     Column("notes", JSON),
     Column("error", Text),
     Column("created", Integer, nullable=False),
     Column("times", JSON, nullable=False),
-    Column("total", Integer, nullable=False),
-    Column("done", Integer, nullable=False),
-    Column("failed", Integer, nullable=False),
+    *columns(Integer, "total", "done", "failed"),
     Column("taken", Integer, nullable=False, server_default="0"),
     Column("unanswered", JSON, nullable=False, server_default="{}"),
     Column("asking", JSON, nullable=False, server_default="[]"),
@@ -483,8 +479,7 @@ batch_parts = Table(
     metadata,
     Column("batch", String(40), primary_key=True),
     Column("first", Integer, primary_key=True),
-    Column("answers", Text, nullable=False),
-    Column("errors", Text, nullable=False),
+    *columns(Text, "answers", "errors"),
 )
 artifacts = Table(
     "artifacts",
@@ -492,8 +487,7 @@ artifacts = Table(
     Column("path", bytewise(700), primary_key=True),
     Column("digest", String(80), nullable=False),
     Column("bytes", BigInteger, nullable=False),
-    Column("upload", String(32), nullable=False),
-    Column("changed", String(32), nullable=False),
+    *columns(String(32), "upload", "changed"),
 )
 usage = Table(
     "usage",
@@ -501,10 +495,7 @@ usage = Table(
     Column("tenant", bytewise(64), primary_key=True),
     Column("adapter", bytewise(LONGEST_NAME), primary_key=True),
     Column("day", String(10), primary_key=True),
-    Column("requests", BigInteger, nullable=False),
-    Column("answers", BigInteger, nullable=False),
-    Column("prompt_tokens", BigInteger, nullable=False),
-    Column("completion_tokens", BigInteger, nullable=False),
+    *columns(BigInteger, "requests", "answers", "prompt_tokens", "completion_tokens"),
 )
 flushes = Table(
     "flushes",
@@ -519,8 +510,7 @@ budgets = Table(
     Column("name", bytewise(255), primary_key=True),
     Column("unit", String(16), primary_key=True),
     Column("per_minute", Integer, nullable=False),
-    Column("level", Float, nullable=False),
-    Column("at", Float, nullable=False),
+    *columns(Float, "level", "at"),
 )
 promises = Table(
     "promises",
@@ -529,19 +519,13 @@ promises = Table(
     Column("tenant", bytewise(64), nullable=False),
     Column("digest", String(80), nullable=False),
     Column("metric", Text, nullable=False),
-    Column("error", Float, nullable=False),
-    Column("confidence", Float, nullable=False),
-    Column("threshold", Float, nullable=False),
-    Column("examples", Integer, nullable=False),
-    Column("counted", Integer, nullable=False),
-    Column("wrong", Integer, nullable=False),
-    Column("decided", Integer, nullable=False),
+    *columns(Float, "error", "confidence", "threshold"),
+    *columns(Integer, "examples", "counted", "wrong", "decided"),
     Column("source", Text, nullable=False),
     Column("split", String(100), nullable=False),
     Column("data_digest", String(80), nullable=False),
     Column("when_broken", String(16), nullable=False),
-    Column("outcome_ttl", Float, nullable=False),
-    Column("missing_bound", Float, nullable=False),
+    *columns(Float, "outcome_ttl", "missing_bound"),
     Column("created", String(32), nullable=False),
     Column("who", String(100)),
     Column("broken", String(32)),
@@ -574,10 +558,7 @@ promise_watches = Table(
     "promise_watches",
     metadata,
     Column("promise_id", ForeignKey(promises.c.id), primary_key=True, autoincrement=False),
-    Column("size", Integer, nullable=False),
-    Column("examples", Integer, nullable=False),
-    Column("round", Integer, nullable=False),
-    Column("earlier", Integer, nullable=False),
+    *columns(Integer, "size", "examples", "round", "earlier"),
     Column("drifted", String(32)),
     Column("evidence", Float),
 )
