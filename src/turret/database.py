@@ -95,7 +95,6 @@ from turret.sqlite import Sqlite
 OLDEST, SCHEMA = "0012", "0022"  # the first and the newest file in migrations/versions, as a test checks
 TRAINING, CELL, STUDY, BATCH = "training", "cell", "study", "batch"  # kinds of jobs
 OPEN_STATES = ("waiting", "running")  # of a job that has not ended
-UPSERTED = 500  # rows of a statement
 LONGEST_NAME = 100  # characters of an adapter's name among sums of usage
 LONGEST_RECEIPT = 120  # characters, of an answer that a promise covers
 ACCESS = "turret_access"  # the execution option of a connection with its `Access`
@@ -716,21 +715,21 @@ def upsert(
     rows: Sequence[Mapping[str, Plain | bytes]],
     change: Literal["set", "add"] | None,
 ) -> None:
-    """Insert rows with different primary keys, many by one statement.
+    """Insert rows that have the same columns.
 
     Args:
-        change: what happens to the other columns of a row that is there: they are set, the new numbers are added to
-            them, or they stay.
+        change: what happens to the other columns of a row with the same primary key: they are set, or the new numbers
+            are added to them. None: a row stays that has the same value where it must be unique.
     """
-    insert_into = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-    for start in range(0, len(rows), UPSERTED):
-        new = insert_into(table).values(rows[start : start + UPSERTED])
-        if change is None:
-            connection.execute(new.on_conflict_do_nothing())
-            continue
-        others, add = [each for each in table.c if not each.primary_key], change == "add"
-        changed = {each.name: each + new.excluded[each.name] if add else new.excluded[each.name] for each in others}
-        connection.execute(new.on_conflict_do_update(index_elements=list(table.primary_key), set_=changed))
+    if not rows:
+        return
+    new = (postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert)(table)
+    if change is None:
+        connection.execute(new.on_conflict_do_nothing(), rows)
+        return
+    others, add = [each for each in table.c if not each.primary_key], change == "add"
+    changed = {each.name: each + new.excluded[each.name] if add else new.excluded[each.name] for each in others}
+    connection.execute(new.on_conflict_do_update(index_elements=list(table.primary_key), set_=changed), rows)
 
 
 def _schema_of(connection: Connection) -> str | None:

@@ -18,7 +18,6 @@ from sqlalchemy import ColumnElement, Connection, Row, delete, insert, or_, sele
 
 from turret.database import (
     LONGEST_NAME,
-    UPSERTED,
     Database,
     access_of,
     adapters,
@@ -169,6 +168,7 @@ def _seen_usage(connection: Connection) -> ColumnElement[bool]:
 
 Key = tuple[str, str]  # name, unit
 Amount = tuple[str, str, int, float]  # name, unit, limit per minute, amount
+AT_ONCE = 500  # buckets in one query
 BATCH = 32  # a batch is at most 1/32 of the requests that are left
 UNUSED_BUCKET = 3600.0  # seconds after which a bucket that nobody used is removed if it is full
 
@@ -219,8 +219,8 @@ def _levels(connection: Connection, limits: Mapping[Key, int]) -> tuple[dict[Key
     levels, keys = {key: float(limit) for key, limit in limits.items()}, sorted(limits)
     upsert(connection, budgets, _rows(levels, limits, clock(connection)), change=None)
     found: list[Row[tuple[str, ...]]] = []
-    for start in range(0, len(keys), UPSERTED):
-        chosen = tuple_(budgets.c.name, budgets.c.unit).in_(keys[start : start + UPSERTED])
+    for start in range(0, len(keys), AT_ONCE):
+        chosen = tuple_(budgets.c.name, budgets.c.unit).in_(keys[start : start + AT_ONCE])
         locked = select(budgets).where(chosen).order_by(budgets.c.name, budgets.c.unit).with_for_update()
         found += connection.execute(locked).all()
     now = clock(connection)  # after the wait for others
