@@ -21,7 +21,7 @@ from sqlalchemy import Connection, Select, delete, func, insert, select, update
 from turret import audit
 from turret.access import ANY, DEFAULT, Access, check_patterns
 from turret.arguments import checked_methods
-from turret.database import Database, access_of, server_secrets, sessions, tokens
+from turret.database import Database, access_of, server_secrets, sessions, tokens, upsert
 from turret.errors import BadReference, InUse, NotFound
 from turret.json_types import JsonObject, Plain
 from turret.store.catalog import now, who
@@ -83,10 +83,9 @@ class SessionRows:
             found = connection.execute(query).scalar()
         if found is None:
             with self._database.writing() as connection:
-                found = connection.execute(query).scalar()  # another server may have been earlier
-                if found is None:
-                    found = secrets.token_hex(32)
-                    connection.execute(insert(server_secrets).values(name=name, value=found))
+                new = {"name": name, "value": secrets.token_hex(32)}
+                upsert(connection, server_secrets, [new], change=None)
+                found = connection.execute(query).scalar_one()  # another server may have been earlier
         return bytes.fromhex(found)
 
     def all(self) -> set[str]:

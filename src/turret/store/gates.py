@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
-from sqlalchemy import ColumnElement, Connection, delete, insert, select
+from sqlalchemy import ColumnElement, Connection, delete, select
 
-from turret.database import gates
+from turret.database import gates, upsert
 from turret.errors import BadReference, GateFailed, NotFound
 from turret.json_types import JsonObject, Plain
 from turret.reference import Reference
@@ -96,8 +96,7 @@ def of(connection: Connection, name: str, alias: str | None = None) -> Sequence[
 def add(connection: Connection, name: str, gate: Gate) -> None:
     """Add a gate; it replaces one with the same split, metric and relation."""
     adapter_id = catalog.adapter_of(connection, name)
-    connection.execute(delete(gates).where(_same(adapter_id, gate)))
-    connection.execute(insert(gates).values(adapter_id=adapter_id, **asdict(gate), created=now()))
+    upsert(connection, gates, [{"adapter_id": adapter_id, **asdict(gate), "created": now()}], change="set")
 
 
 def remove(connection: Connection, name: str, alias: str, text: str) -> None:

@@ -21,7 +21,7 @@ from typing import Literal, TypedDict
 
 from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 
-from turret.database import access_of, adapters, golden_gates, golden_sets, replays, seen_adapters
+from turret.database import access_of, adapters, golden_gates, golden_sets, replays, seen_adapters, upsert
 from turret.errors import BadReference, Corrupt, DataError, GateFailed, NotFound, ReplayNeeded
 from turret.json_types import AsJson, JsonMapping, JsonObject
 from turret.store import catalog
@@ -208,15 +208,11 @@ def of(connection: Connection, name: str, alias: str | None = None) -> Sequence[
 def add(connection: Connection, name: str, alias: str, examples: GoldenSet, share: float) -> None:
     """Store a set and let the alias require it. If the set exists, this repairs it and changes its share."""
     adapter_id, digest = catalog.adapter_of(connection, name), examples.digest
-    row = {"kind": examples.kind, "examples": len(examples.examples), "content": examples.content}
-    stored = connection.execute(select(golden_sets).where(golden_sets.c.digest == digest)).mappings().first()
-    if stored is None:
-        connection.execute(insert(golden_sets).values(**row, digest=digest, created=now()))
-    elif any(stored[key] != value for key, value in row.items()):  # damaged
-        connection.execute(update(golden_sets).where(golden_sets.c.digest == digest).values(row))
-    connection.execute(delete(golden_gates).where(_requirement(adapter_id, alias, digest)))
-    key = {"adapter_id": adapter_id, "alias": alias, "golden": digest}
-    connection.execute(insert(golden_gates).values(**key, share=share, created=now()))
+    row: JsonObject = {"kind": examples.kind, "examples": len(examples.examples), "content": examples.content}
+    upsert(connection, golden_sets, [{"digest": digest, **row, "created": now()}], change=None)
+    connection.execute(update(golden_sets).where(golden_sets.c.digest == digest).values(row))  # it may be damaged
+    gate: JsonObject = {"adapter_id": adapter_id, "alias": alias, "golden": digest, "share": share, "created": now()}
+    upsert(connection, golden_gates, [gate], change="set")
 
 
 def remove(connection: Connection, name: str, alias: str, text: str) -> None:

@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, final
 
-from sqlalchemy import ColumnElement, Connection, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, func, insert, or_, select, update
 
 from turret import audit
 from turret.access import DEFAULT
@@ -54,6 +54,7 @@ from turret.database import (
     queue_limits,
     run_log,
     seen_runs,
+    upsert,
 )
 from turret.database import leases as lease_rows
 from turret.errors import InUse, NotFound, QueueFull, RecipeError
@@ -472,11 +473,8 @@ class JobQueue:
         for name, number in (("running", running), ("waiting", waiting)):
             if number is not None and number < 0:
                 raise RecipeError(f"--{name} {number}: expected 0 or more")
-        values = {"running": running, "waiting": waiting}
         with self._database.writing() as connection:
-            changed = connection.execute(update(queue_limits).where(queue_limits.c.tenant == tenant).values(values))
-            if changed.rowcount == 0:
-                connection.execute(insert(queue_limits).values(tenant=tenant, **values))
+            upsert(connection, queue_limits, [{"tenant": tenant, "running": running, "waiting": waiting}], change="set")
 
     # --- workers ------------------------------------------------------------------------------------------------------
 
@@ -831,9 +829,8 @@ def _lane(kind: str) -> str:
 def _count_turn(connection: Connection, entry: Entry) -> None:
     lane = _lane(entry.kind)
     turn = int(connection.execute(select(func.coalesce(func.max(job_turns.c.turn), 0))).scalar_one()) + 1
-    for name in (f"{lane} tenant {entry.tenant}", f"{lane} owner {entry.owner}"):
-        connection.execute(delete(job_turns).where(job_turns.c.name == name))
-        connection.execute(insert(job_turns).values(name=name, turn=turn))
+    names = f"{lane} tenant {entry.tenant}", f"{lane} owner {entry.owner}"
+    upsert(connection, job_turns, [{"name": each, "turn": turn} for each in names], change="set")
 
 
 def _cancel(connection: Connection, entry: Entry) -> str:

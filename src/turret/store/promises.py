@@ -35,6 +35,7 @@ from turret.database import (
     promises,
     seen_adapters,
     seen_versions,
+    upsert,
     versions,
 )
 from turret.database import audit as actions
@@ -217,8 +218,7 @@ def unsent(connection: Connection) -> Sequence[Alarm]:
 
 def mark_sent(connection: Connection, alarm: Alarm) -> None:
     """Record that an alarm was delivered, unless another server has recorded it."""
-    if connection.execute(select(alarms.c.sent).where(alarms.c.audit_id == alarm.id)).first() is None:
-        connection.execute(insert(alarms).values(audit_id=alarm.id, sent=now()))
+    upsert(connection, alarms, [{"audit_id": alarm.id, "sent": now()}], change=None)
 
 
 # --- promises ---------------------------------------------------------------------------------------------------------
@@ -227,7 +227,6 @@ def mark_sent(connection: Connection, alarm: Alarm) -> None:
 ALARM, STRICTER, ROLLBACK = "alarm", "stricter", "rollback"
 WHEN_BROKEN = (ALARM, STRICTER, ROLLBACK)
 NEVER = 2.0  # a threshold that no probability reaches
-AT_ONCE = 500  # values in one query
 
 
 @dataclass(frozen=True)
@@ -433,13 +432,8 @@ def task_of(connection: Connection, promise: Promise) -> type[Task]:
 
 def log(connection: Connection, seen: Sequence[LoggedAnswer]) -> None:
     """Store answers in order; a receipt that is already stored is skipped."""
-    known = set[str]()
-    for start in range(0, len(seen), AT_ONCE):
-        some = [each.receipt for each in seen[start : start + AT_ONCE]]
-        known |= set(connection.execute(select(answers.c.receipt).where(answers.c.receipt.in_(some))).scalars())
-    new = {each.receipt: each._asdict() for each in seen if each.receipt not in known}
-    if new:
-        connection.execute(insert(answers), list(new.values()))
+    last = {each.receipt: each._asdict() for each in seen}
+    upsert(connection, answers, list(last.values()), change=None)
 
 
 def record(connection: Connection, receipt: str, value: Plain) -> tuple[Status, str]:
