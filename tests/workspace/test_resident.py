@@ -26,10 +26,11 @@ from turret.recipe import Recipe
 from turret.store import Store
 from turret.tasks import task_of
 from turret.train.curve import StepRecord
-from turret.workspace import resident, serving, training
+from turret.workspace import measure, reading, resident, serving, training
 from turret.workspace.child_process import why_alone
+from turret.workspace.progress import silent
 from turret.workspace.resident import ALONE, ResidentBases, Room, Seat, ServingBase, predicted_for, with_room
-from turret.workspace.results import Planned
+from turret.workspace.results import Planned, RunResult
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "r": 4, "lora_dropout": 0.1},
@@ -305,6 +306,35 @@ def test_the_weights_are_in_memory_once(tmp_path: Path, place: ResidentBases) ->
         weights.write_bytes(weights.read_bytes())  # a new file: the base is read again
     changed = training.prepare(Store(tmp_path / "s"), one, training.Callbacks(), place=place)
     assert changed.base.model.get_parameter("bert.embeddings.word_embeddings.weight").data_ptr() != body[0].data_ptr()
+
+
+@pytest.mark.slow
+def test_cells_are_measured_on_the_base_that_stays_in_memory(
+    tmp_path: Path, place: ResidentBases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of them read it once, and have the results of processes of their own, where each measurement reads it."""
+    store, read = Store(tmp_path / "store"), list[str]()
+
+    def load(base: str, **how: Any) -> Base:
+        read.append(base)
+        return load_base(base, **how)
+
+    def measured(one: Recipe, trained: RunResult, place: Any) -> dict[str, Any]:
+        data = reading.read_dataset(store, one)
+        found = place.run(lambda: measure.version(store, one, data, trained, {}, silent, place))
+        return {name: found[name] for name in ("digest", "metrics", "answers", "scores", "forgetting")}
+
+    monkeypatch.setattr(resident.bases, "load", load)
+    cells, found = [recipe(tmp_path, "llama", "lora", seed, dtype="auto") for seed in (0, 1)], []
+    for one in cells:
+        seat = seat_on(place, Room())
+        trained = training.train(store, one, training.Callbacks(), fresh=True, place=seat)
+        found.append((one, trained, measured(one, trained, seat)))
+    assert read == [cells[0].base]
+
+    for one, trained, result in found:
+        assert measured(one, trained, ALONE) == result
+    assert read == [cells[0].base] * 3, "the control"
 
 
 def test_a_training_that_needs_another_base_than_the_one_that_serves_says_so(tmp_path: Path) -> None:

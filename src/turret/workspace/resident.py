@@ -417,15 +417,22 @@ class ResidentBases(OwnProcess):
         recipe, task, labels, _ = needed
         if (reason := why_alone(recipe)) is not None:
             raise TrainingError(f"this training cannot share its base: {reason}; run it in a process of its own")
-        load = lambda: base_of(*needed._replace(labels=()))
-        return self.run(lambda: self._model(_key_of(needed), load, task.num_labels(labels), recipe.seed))
+        key = _key_of(needed)
+
+        def model() -> Base:
+            if key not in self._bases:
+                self._bases[key] = with_digests(base_of(*needed._replace(labels=())))
+                process.release()  # what loading needed; a training does not do it again
+            return share(self._bases[key], num_labels=task.num_labels(labels), seed=recipe.seed)
+
+        return self.run(model)
 
     def has(self, needed: TrainingBase) -> bool:
         """Whether a training's base is in memory."""
         return _key_of(needed) in self._bases
 
     def load(self, base: str, **how: Unpack[ToAnswer]) -> Base:
-        """The same as a model of its own. A base that is in memory on a GPU needs no more room there."""
+        """A base in memory as a model of its own, which needs no more room there. Another is loaded, and not kept."""
         task, dtype, quantization = how["task"], how["dtype"], how["quantization"]
 
         def needed(at: torch.device) -> int:
@@ -435,14 +442,9 @@ class ResidentBases(OwnProcess):
 
         chosen = bases.choose_device(how["device"], needed, self.machine())
         key = _key(base, task, dtype, quantization, chosen.device)
-        load = lambda: bases.load(base, task=task, dtype=dtype, quantization=quantization, device=chosen)
-        return self.run(lambda: self._model(key, load, how["num_labels"]))
-
-    def _model(self, key: Key, load: Callable[[], Base], num_labels: int | None, seed: int = 42) -> Base:
-        if key not in self._bases:
-            self._bases[key] = with_digests(load())
-            process.release()  # what loading needed; a training does not do it again
-        return share(self._bases[key], num_labels=num_labels, seed=seed)
+        if (kept := self._bases.get(key)) is None:
+            return super().load(base, **how)
+        return self.run(lambda: share(kept, num_labels=how["num_labels"]))
 
     def machine(self) -> Machine | None:
         return machine_of(list(self._bases.values()))
@@ -607,6 +609,10 @@ class Seat(OwnProcess):
         if not self.shared.has(needed):
             self._make_room(needed.recipe, needed.device)
         return self.run(lambda: self.shared.model_for(needed))
+
+    def load(self, base: str, **how: Unpack[ToAnswer]) -> Base:
+        """As `ResidentBases.load`."""
+        return self.run(lambda: self.shared.load(base, **how))
 
     def machine(self) -> Machine | None:
         """As `ResidentBases.machine`."""
