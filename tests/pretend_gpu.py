@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from turret import quantized
 from turret.ops import core
-from turret.ops.core import REFERENCE
+from turret.ops.core import REFERENCE, attention_by_rows, visible
 from turret.ops.gpu import ops as gpu_ops
 from turret.ops.structs import AttentionRows, DropoutArguments, RMSNorm
 
@@ -222,7 +222,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, key_starts: Tensor, 
     """Torch's fused attention over rows. Its sums stay zero: the backward pass below computes the scores again."""
     _, _, p, causal, _ = rest
     assert p == 0.0
-    y = gpu_ops.attention_by_rows(_rows(starts, key_starts, causal, settings), q.float(), k.float(), v.float())
+    y = attention_by_rows(_rows(starts, key_starts, causal, settings), q.float(), k.float(), v.float())
     return y.to(q.dtype), torch.zeros(q.shape[1], q.shape[0]), torch.zeros(2), torch.zeros(0), torch.zeros(0)
 
 
@@ -239,7 +239,7 @@ def _flash_backward(
         queries, own = (each[here].float().transpose(0, 1) for each in (q, dy))  # (H, T, D)
         keys, values = (each[there].float().repeat_interleave(groups, 1).transpose(0, 1) for each in (k, v))
         scores = rows.scaling * queries @ keys.mT
-        P = scores.masked_fill(~gpu_ops.visible(rows, T, S), -torch.inf).softmax(-1)  # (H, T, S)
+        P = scores.masked_fill(~visible(rows, T, S), -torch.inf).softmax(-1)  # (H, T, S)
         dP = own @ values.mT
         dS = rows.scaling * P * (dP - (dP * P).sum(-1, keepdim=True))
         dq[here] = (dS @ keys).transpose(0, 1)

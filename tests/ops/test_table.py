@@ -83,9 +83,9 @@ PRODUCTS = {  # operation -> where it is written: module, and function
         "ops/attention.py _Attention.backward",
         "ops/attention.py _Attention.forward",
         "ops/attention.py attend_plainly",
+        "ops/core.py attention_by_rows",  # the kernels' reference, for their checks
     },
     "attention, on a GPU": {
-        "ops/gpu/ops.py attention_by_rows",  # its reference, for the check
         "ops/gpu/ops.py GpuOps.attention",
         "ops/gpu/ops.py GpuOps.attention_backward",
     },
@@ -116,7 +116,7 @@ PRODUCTS = {  # operation -> where it is written: module, and function
         "workspace/measure.py nearest.answer",
     },
     "the check of the kernels, and of a device's speed": {
-        *(f"ops/cpu/compiled.py _checked_{name}" for name in ("attention", "lora", "low_rank", "step")),
+        *(f"ops/cpu/compiled.py _checked_{name}" for name in ("low_rank", "step")),
         *(f"bases/device.py {name}" for name in ("_speed.seconds", "relative_error")),
     },
 }

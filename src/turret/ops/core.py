@@ -345,6 +345,32 @@ class Ops:
 REFERENCE = Ops()
 
 
+def attention_by_rows(rows: AttentionRows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The attention of `Ops.attention`, row by row in torch's operations. Its last query sees all keys of a row."""
+    parts = []
+    bounds = (rows.query_starts, rows.query_lengths, rows.key_starts, rows.key_lengths)
+    for start, T, key_start, S in zip(*(each.tolist() for each in bounds), strict=True):
+        parts_of_row = q[start : start + T], k[key_start : key_start + S], v[key_start : key_start + S]
+        a, b, c = (each.transpose(0, 1)[None] for each in parts_of_row)
+        parts.append(
+            F.scaled_dot_product_attention(a, b, c, visible(rows, T, S), scale=rows.scaling, enable_gqa=True)[0]
+        )
+    return torch.cat([each.transpose(0, 1) for each in parts])
+
+
+def visible(rows: AttentionRows, T: int, S: int) -> Tensor:
+    """Which of S keys each of T queries sees: (T, S) bool."""
+    behind = torch.arange(T)[:, None] + (S - T) - torch.arange(S)[None]
+    near = behind.abs() < rows.window if rows.window else torch.ones_like(behind, dtype=torch.bool)
+    return near & (behind >= 0) if rows.causal else near
+
+
+def seeded_randn(dtype: torch.dtype, to: torch.dtype | torch.device) -> Callable[..., Tensor]:
+    """Draws the same numbers of a dtype for every check, in a wider dtype or on a device."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator).to(dtype).to(to)
+
+
 # --- copies to a device ----------------------------------------------------------------------------------------------
 
 

@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from compiled_kernels import COMPILER, needed
+import torch
+from compiled_kernels import BOTH, COMPILER, compiled, needed
+from torch import Tensor
 
 from turret.ops.cpu import build, compiler
 from turret.ops.cpu.build import SWITCH, NotBuilt
+from turret.ops.cpu.compiled import DECLARED, RETURNED, TOLERANCES, Argument, CpuOps, require_close
 from turret.ops.cpu.compiler import LEVELS
 
 
@@ -20,6 +23,25 @@ def test_the_check_at_the_first_use_works_inside_inference_mode() -> None:
     use = "with torch.inference_mode(): assert compiled.library(), compiled.why()"
     code = f"import torch; from turret.ops.cpu import compiled\n{use}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@needed
+@BOTH
+@pytest.mark.parametrize("name", sorted(DECLARED.keys() - RETURNED.keys()))
+def test_the_check_notices_a_wrong_kernel(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last result is off by a few times what is allowed."""
+    call, ops = CpuOps.call, compiled(dtype)
+    if name == "linear" and not ops.few():
+        pytest.skip("this processor does without the kernel")
+
+    def wrong(self: CpuOps, called: str, *arguments: Argument | Tensor) -> None:
+        call(self, called, *arguments)
+        if called == name:
+            [each for each in arguments if isinstance(each, Tensor)][-1].mul_(1.0 + 4.0 * TOLERANCES[dtype])
+
+    monkeypatch.setattr(CpuOps, "call", wrong)
+    with pytest.raises(NotBuilt, match=f"in {dtype} is off by"):
+        require_close([ops])
 
 
 @pytest.mark.parametrize("word", ["off", "0", "No"])

@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from turret.ops.core import KVStep, LayerWeights, Loras, NumberedMatrix, Ops, enabled
+from turret.ops.core import (
+    REFERENCE,
+    KVStep,
+    LayerWeights,
+    Loras,
+    NumberedMatrix,
+    Ops,
+    attention_by_rows,
+    enabled,
+    seeded_randn,
+)
 from turret.ops.cpu.build import NotBuilt, load
 from turret.ops.structs import (
     NO_DROPOUT,
@@ -768,87 +778,69 @@ class Layers:
 
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative to the largest element
+SIZES = ((64, 96), (37, 41))  # D_in and D_out, for tiles and odd ones
 
 
 def require_close(every: Iterable[CpuOps]) -> None:
     """Raises NotBuilt with the name of the first kernel whose result differs from torch's."""
-    generator = torch.Generator().manual_seed(0)
     for ops in every:
         with torch.inference_mode(False), torch.enable_grad():  # the caller may have set the opposite
-            results = _results(ops, generator)
+            results = _results(ops)
         for name, (given, expected) in results.items():
             off = (given.double() - expected.double()).abs().max() / expected.double().abs().max()
             if not bool(off <= TOLERANCES[ops.dtype]):
                 raise NotBuilt(f"kernel {name} in {ops.dtype} is off by {float(off):.1e}")
 
 
-def _results(ops: CpuOps, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(ops.dtype)
+def _results(ops: CpuOps) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the kernels compute, and torch in float64: its products of float32 may be rounded to bfloat16."""
+    draw = seeded_randn(ops.dtype, ops.dtype)
+    given, expected = _computed(ops, draw), _computed(REFERENCE, seeded_randn(ops.dtype, torch.float64))
+    results = {name: (each, expected[name]) for name, each in given.items()}
+    return results | _checked_low_rank(ops, draw) | _checked_attention(ops, draw) | _checked_step(ops, draw)
 
-    results: dict[str, tuple[Tensor, Tensor]] = {}
+
+def _computed(ops: Ops, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """The results of operations that `REFERENCE` has too. Five tokens and rank 13 use every block size of LoRA."""
     gate, up, dy = draw(3, 37), draw(3, 37), draw(3, 37)
-    wide, wider = gate.double().requires_grad_(), up.double().requires_grad_()
-    y = torch.nn.functional.silu(wide) * wider
-    dgate, dup = torch.autograd.grad(y, (wide, wider), dy.double())
-    results["swiglu"] = (ops.swiglu(gate, up), y.detach())
-    given = ops.swiglu_backward(gate, up, dy)
-    results |= {"swiglu_backward": (given[0], dgate), "swiglu_backward (up)": (given[1], dup)}
-    y = torch.nn.functional.gelu(wide)
-    results["gelu"] = (ops.gelu(gate), y.detach())
-    results["gelu_backward"] = (ops.gelu_backward(gate, dy), torch.autograd.grad(y, wide, dy.double())[0])
-    weight = draw(37)
-    r = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
-    y = weight.double() * (wide * r)
-    norm = RMSNorm(weight, 1e-5)
-    normed, found = ops.rms_norm(gate, norm)
-    results["rms_norm"] = (normed, y.detach())
-    expected = torch.autograd.grad(y, wide, dy.double())[0]
-    results["rms_norm_backward"] = (ops.rms_norm_backward(gate, norm, found, dy), expected)
-    shift = draw(37)
-    y = torch.nn.functional.layer_norm(wide + wider, (37,), weight.double(), shift.double(), 1e-5)
-    centred = LayerNorm(weight, shift, 1e-5)
-    normed, added, stats = ops.added_norm(gate, up, centred)
-    results["added_norm"] = (normed, y.detach())
-    results["added_norm_again"] = (ops.added_norm_again(added, centred, stats), y.detach())
-    given = ops.added_norm_backward(added, centred, stats, dy)
-    results["added_norm_backward"] = (given[1], torch.autograd.grad(y, wide, dy.double())[0])
-    x, angle = draw(5, 2, 8), torch.rand(5, 8, generator=generator)
-    cos, sin = angle.cos().to(ops.dtype), angle.sin().to(ops.dtype)
-    turned = torch.cat([-x[..., 4:], x[..., :4]], -1).double()
-    results["rotate"] = (
-        ops.rotate(x, x, cos, sin, 1.0)[0],
-        x.double() * cos.double()[:, None] + turned * sin.double()[:, None],
-    )
+    norm, centred = RMSNorm(draw(37), 1e-5), LayerNorm(draw(37), draw(37), 1e-5)
+    dgate, dup = ops.swiglu_backward(gate, up, dy)
+    normed, r = ops.rms_norm(gate, norm)
+    y, s, stats = ops.added_norm(gate, up, centred)
+    da, dx = ops.added_norm_backward(s, centred, stats, dy)
+    x, cos, sin = draw(5, 2, 8), draw(5, 8), draw(5, 8)
     dropped = DropoutArguments.of(0.25, 12345, torch.arange(400))
-    ones = ops.dropout(torch.ones(400, 100, dtype=ops.dtype), dropped, dropped.scale)
-    kept = float((ones > 0).double().mean())
-    results["dropout"] = (ones.max()[None], torch.full((1,), 4 / 3 if abs(kept - 0.75) < 0.02 else 0.0))
-    return (
-        results
-        | _checked_lora(ops, draw)
-        | _checked_low_rank(ops, draw)
-        | _checked_attention(ops, draw)
-        | _checked_step(ops, draw)
-    )
-
-
-def _checked_lora(ops: CpuOps, draw: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Five tokens and rank 13 use every block size."""
-    x, y, dy, dx, A, B = draw(5, 64), draw(5, 32), draw(5, 32), draw(5, 64), draw(13, 64).float(), draw(32, 13).float()
-    h, dh = x.double() @ A.double().mT, 0.5 * dy.double() @ B.double()
-    expected = {"lora": y.double() + 0.5 * h @ B.double().mT, "lora dx": dx.double() + dh @ A.double()}
-    expected |= {"lora dA": dh.mT @ x.double(), "lora dB": 0.5 * dy.double().mT @ h}
-    lora = Lora(A, B, 0.5)
-    inner = ops._add_one_lora(y, x, lora)
-    given = y, dx, *ops._one_lora_backward(lora, x, inner, dy, dx)
-    return {name: (one, each) for one, (name, each) in zip(given, expected.items(), strict=True)}
+    found = {
+        "swiglu": ops.swiglu(gate, up),
+        "swiglu_backward": dgate,
+        "swiglu_backward (up)": dup,
+        "gelu": ops.gelu(gate),
+        "gelu_backward": ops.gelu_backward(gate, dy),
+        "rms_norm": normed,
+        "rms_norm_backward": ops.rms_norm_backward(gate, norm, r, dy),
+        "added_norm": y,
+        "added_norm_again": ops.added_norm_again(s, centred, stats),
+        "added_norm_backward": dx,
+        "added_norm_backward (branch)": da,
+        "rotate": ops.rotate(x, x, cos, sin, 1.0)[0],
+        "dropout": ops.dropout(draw(400, 100), dropped, dropped.scale),
+    }
+    x, y, dy, dx = draw(5, 64), draw(5, 32), draw(5, 32), draw(5, 64)
+    lora = Lora(draw(13, 64).float(), draw(32, 13).float(), 0.5)
+    h = ops._add_one_lora(y, x, lora)
+    dA, dB = ops._one_lora_backward(lora, x, h, dy, dx)
+    found |= {"lora": y, "lora dx": dx, "lora dA": dA, "lora dB": dB}
+    for d_in, d_out in SIZES:
+        A, B, run = draw(3, d_in).float(), draw(d_out, 3).float(), draw(2 * 3 * (d_in + d_out))
+        ops.lay_out([(A, B), (A, B)], 2.0, run)
+        found[f"lay_out {d_in}"] = run
+    return found
 
 
 def _checked_low_rank(ops: CpuOps, draw: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Spans of 40, 5 and 0 tokens, ranks 3 and 17, tokens without an adapter; sizes for tiles and odd sizes."""
+    """Spans of 40, 5 and 0 tokens, ranks 3 and 17, tokens without an adapter."""
     results = {}
-    for d_in, d_out in ((64, 96), (37, 41)):
+    for d_in, d_out in SIZES:
         x, y = draw(49, d_in), draw(49, d_out)
         factors = [(draw(3, d_in), draw(3, d_out)), (draw(17, d_in) / 2, draw(17, d_out) / 2)]
         wide = y.double()
@@ -860,10 +852,6 @@ def _checked_low_rank(ops: CpuOps, draw: Callable[..., Tensor]) -> dict[str, tup
         )
         ops.low_rank(spans, 1, x, y)
         results[f"low_rank {d_in}"] = (y, wide)
-        A, B = draw(3, d_in).float(), draw(d_out, 3).float()
-        run = draw(2 * 3 * (d_in + d_out))
-        ops.lay_out([(A, B), (A, B)], 2.0, run)
-        results[f"lay_out {d_in}"] = (run, torch.cat([A.flatten(), 2.0 * B.mT.flatten()] * 2))
     return results
 
 
@@ -877,23 +865,15 @@ def _checked_attention(ops: CpuOps, draw: Callable[..., Tensor]) -> dict[str, tu
     y, log_sum = ops.attention(rows, q, k, v, prefixes, NO_DROPOUT)
     dq, dk, dv, dprefix = ops.attention_backward(rows, q, k, v, prefixes, NO_DROPOUT, y, log_sum, dy)
     wide = [each.double().requires_grad_() for each in (q, k, v, *prefix)]
-    expected = []
-    for (start, end), P in (((0, 40), 0), ((40, 43), 2)):
-        keys, values = (
-            torch.cat([pre.transpose(0, 1)[:P], each[start:end]]).repeat_interleave(2, 1)
-            for pre, each in ((wide[3], wide[1]), (wide[4], wide[2]))
-        )
-        scores = 0.3 * torch.einsum("thd,shd->hts", wide[0][start:end], keys)
-        hidden = torch.arange(P + end - start)[None] > P + torch.arange(end - start)[:, None]
-        P_ = scores.masked_fill(hidden, -1e30).softmax(-1)
-        expected.append(torch.einsum("hts,shd->thd", P_, values))
-    whole = torch.cat(expected)
-    gradients = torch.autograd.grad(whole, wide, dy.double())
-    names = ("attention dq", "attention dk", "attention dv")
-    results = {"attention": (y, whole.detach())}
-    results |= {name: (each, exact) for name, each, exact in zip(names, (dq, dk, dv), gradients[:3], strict=True)}
-    results |= {f"attention prefix {i}": (dprefix[i], gradients[3 + i]) for i in (0, 1)}
-    return results
+    keys, values = (
+        torch.cat([each[:40], pre.transpose(0, 1), each[40:]]) for each, pre in zip(wide[1:3], wide[3:], strict=True)
+    )
+    longer = AttentionRows(starts, lengths, starts, torch.tensor([40, 5]), scaling=0.3, causal=True)
+    whole = attention_by_rows(longer, wide[0], keys, values)
+    names = ("dq", "dk", "dv", "prefix 0", "prefix 1")
+    pairs = zip((dq, dk, dv, *dprefix), torch.autograd.grad(whole, wide, dy.double()), strict=True)
+    results = {f"attention {name}": pair for name, pair in zip(names, pairs, strict=True)}
+    return {"attention": (y, whole.detach())} | results
 
 
 def _checked_step(ops: CpuOps, draw: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -20,9 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.nn import functional as F
 
-from turret.ops.core import REFERENCE, LoraGradients, Loras, Ops, to_device
+from turret.ops.core import REFERENCE, LoraGradients, Loras, Ops, attention_by_rows, seeded_randn, to_device
 from turret.ops.structs import AttentionRows, DropoutArguments, Lora, Prefixes, RMSNorm, kept_gradient
 
 ATTENTION, LIGER, DROPOUT = FEATURES = ("attention", "liger", "dropout")  # what a GPU may have
@@ -304,7 +303,7 @@ N, D, WIDE, HEADS, KV_HEADS, DIM = 37, 96, 160, 4, 2, 32  # no multiples of a pr
 
 
 def _try_liger(ops: Ops, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    draw = _seeded_randn(device, dtype)
+    draw = seeded_randn(dtype, device)
     x, norm, dy, plus = draw(N, D), RMSNorm(draw(D), 1e-5), draw(N, D), draw(N, D)
     y, r = ops.rms_norm(x, norm)
     found = [y, ops.rms_norm_backward(x, norm, r, dy, plus), dy]
@@ -317,14 +316,14 @@ def _try_liger(ops: Ops, device: torch.device, dtype: torch.dtype) -> list[Tenso
 
 
 def _try_dropout(ops: Ops, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    x = _seeded_randn(device, dtype)(N, WIDE)
+    x = seeded_randn(dtype, device)(N, WIDE)
     keys = torch.randint(-(1 << 62), 1 << 62, (N,), generator=torch.Generator().manual_seed(1)).to(device)
     return [ops.dropout(x, DropoutArguments(seed, 1 << 14, 4 / 3, keys), 4 / 3) for seed in (7, (1 << 32) - 5)]
 
 
 def _try_attention(ops: Ops, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """Two rows of 20 and 17 queries with 3 keys more each, and a window; and without one, not causal."""
-    draw, found = _seeded_randn(device, dtype), list[Tensor]()
+    draw, found = seeded_randn(dtype, device), list[Tensor]()
     starts, lengths = torch.tensor([[0, 20], [0, 23]]), torch.tensor([[20, 17], [23, 20]])
     for causal, window in ((True, 9), (False, 0)):
         q, k, v = draw(N, HEADS, DIM), draw(N + 6, KV_HEADS, DIM), draw(N + 6, KV_HEADS, DIM)
@@ -341,37 +340,11 @@ def _try_attention(ops: Ops, device: torch.device, dtype: torch.dtype) -> list[T
     return found
 
 
-def attention_by_rows(rows: AttentionRows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The attention of `Ops.attention`, row by row in torch's operations. Its last query sees all keys of a row."""
-    parts = []
-    bounds = (rows.query_starts, rows.query_lengths, rows.key_starts, rows.key_lengths)
-    for start, T, key_start, S in zip(*(each.tolist() for each in bounds), strict=True):
-        parts_of_row = q[start : start + T], k[key_start : key_start + S], v[key_start : key_start + S]
-        a, b, c = (each.transpose(0, 1)[None] for each in parts_of_row)
-        parts.append(
-            F.scaled_dot_product_attention(a, b, c, visible(rows, T, S), scale=rows.scaling, enable_gqa=True)[0]
-        )
-    return torch.cat([each.transpose(0, 1) for each in parts])
-
-
-def visible(rows: AttentionRows, T: int, S: int) -> Tensor:
-    """Which of S keys each of T queries sees: (T, S) bool."""
-    behind = torch.arange(T)[:, None] + (S - T) - torch.arange(S)[None]
-    near = behind.abs() < rows.window if rows.window else torch.ones_like(behind, dtype=torch.bool)
-    return near & (behind >= 0) if rows.causal else near
-
-
 CHECKS: dict[str, Callable[[Ops, torch.device, torch.dtype], list[Tensor]]] = {
     ATTENTION: _try_attention,
     LIGER: _try_liger,
     DROPOUT: _try_dropout,
 }
-
-
-def _seeded_randn(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """Draws the same numbers for every device."""
-    generator = torch.Generator().manual_seed(0)
-    return lambda *shape: torch.randn(*shape, generator=generator).to(dtype).to(device)
 
 
 def largest_difference(feature: str, ops: Ops, device: torch.device, dtype: torch.dtype) -> float:
