@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, Self, TypedDict
 
 import torch
 import transformers
@@ -94,6 +94,13 @@ class Base:
     digests: Digests | None = None  # if it stays in memory for several trainings
     reference: StoredAdapter | None = None  # that a preference compares its answers with; None: the bare base
 
+    @classmethod
+    def of(
+        cls, source: BaseSource, model: Model, tokenizer: Tokenizer, family: Family, digest: str, dtype: torch.dtype
+    ) -> Self:
+        """A base on disk with its model: no fresh parameters, bytes or notes yet."""
+        return cls(source.id, source.revision, model, tokenizer, family, digest, dtype, source.folder, (), 0, ())
+
     @property
     def head(self) -> HeadKind:
         """What it was loaded for, with that head."""
@@ -168,21 +175,10 @@ def load(
     model.requires_grad_(False).eval()
     if chosen.device.type != "cpu":
         _move(base, model, chosen.device)
-    return Base(
-        id=base,
-        revision=source.revision,
-        model=model,
-        tokenizer=tokenizer,
-        family=family,
-        fingerprint=digest,
-        dtype=torch_dtype,
-        folder=source.folder,
-        fresh=fresh,
-        bytes=quantized.stored_bytes(model),
-        notes=tuple(notes_on(source, family, model, loading) + guessed + notes + kept_notes + notes_on_device),
-        quantization=quantization,
-        drawn_in=drawn_in,
-    )
+    every = (*notes_on(source, family, model, loading), *guessed, *notes, *kept_notes, *notes_on_device)
+    size = quantized.stored_bytes(model)
+    found = Base.of(source, model, tokenizer, family, digest, torch_dtype)
+    return replace(found, fresh=fresh, bytes=size, notes=every, quantization=quantization, drawn_in=drawn_in)
 
 
 NO_HEAD: dict[HeadKind, str] = {

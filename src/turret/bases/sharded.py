@@ -10,6 +10,7 @@ Gathering needs all processes: they must make the same passes in the same order.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -137,19 +138,9 @@ def load_in_parts(
     notes.append(
         f"each of {mesh.size()} processes keeps its part of {len(paths)} matrices: {gigabytes(size)} of the base"
     )
-    return Base(
-        id=base,
-        revision=source.revision,
-        model=model,
-        tokenizer=tokenizer,
-        family=family,
-        fingerprint=digest,
-        dtype=torch_dtype,
-        folder=source.folder,
-        fresh=fresh,
-        bytes=size,
-        notes=tuple(notes_on(source, family, model, loading) + notes + list(device.notes)),
-    )
+    every = (*notes_on(source, family, model, loading), *notes, *device.notes)
+    found = Base.of(source, model, tokenizer, family, digest, torch_dtype)
+    return replace(found, fresh=fresh, bytes=size, notes=every)
 
 
 def load_without_weights(base: str) -> Base:
@@ -170,19 +161,7 @@ def load_without_weights(base: str) -> Base:
     digest = known_fingerprint(source, model, family, verify=False, packed=True)
     tokenizer, notes = read_tokenizer(source, model)
     _read_generation(source, model)
-    return Base(
-        id=base,
-        revision=source.revision,
-        model=model,
-        tokenizer=tokenizer,
-        family=family,
-        fingerprint=digest,
-        dtype=stored,
-        folder=source.folder,
-        fresh=(),
-        bytes=0,
-        notes=tuple(notes),
-    )
+    return replace(Base.of(source, model, tokenizer, family, digest, stored), notes=tuple(notes))
 
 
 @torch.no_grad()
