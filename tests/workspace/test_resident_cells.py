@@ -52,23 +52,21 @@ class Study:
     """A runner, the processes that it had, and what a test does when it says something."""
 
     def __init__(self, folder: Path, timed: int | None = None) -> None:
-        self.processes: dict[int, set[str]] = {}  # by number: what each was asked for; only the shared one has nothing
+        self.processes: dict[int, bool] = {}  # by number: whether it is the shared one
         self.when: Callable[[str], None] = lambda _: None
         self.runner = CellRunner(Store(folder), folder / "comparisons" / "reviews-0", self._said, timed=timed)
 
     def _said(self, line: str) -> None:
         for each in psutil.Process().children():
             words = each.cmdline()
-            if "turret.workspace.resident_trainer" in words:
-                self.processes.setdefault(each.pid, set())
-            if "turret.workspace.job_process" in words:
-                spec = json.loads(words[4])["taken"]["spec"]
-                self.processes.setdefault(each.pid, set()).add(spec["key"])
+            for module in ("resident_trainer", "job_process"):
+                if f"turret.workspace.{module}" in words:
+                    self.processes[each.pid] = module == "resident_trainer"
         self.when(line)
 
     @property
     def shared(self) -> list[int]:
-        return [number for number, asked in self.processes.items() if not asked]
+        return [number for number, shared in self.processes.items() if shared]
 
     def run(self, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
         self.runner.run(cells)

@@ -272,7 +272,7 @@ def test_the_first_step_of_a_run_frees_what_its_preparation_left(tmp_path: Path)
 TRAINER = """
 import gc, json
 from turret.workspace import resident_trainer
-asked = {"local": "store", "silent": 60.0, "stopping": 60.0, "bases": ["*"], "own": False}
+asked = {"local": "store", "silent": 60.0, "stopping": 60.0, "bases": ["*"], "folder": "."}
 resident_trainer.main(json.dumps(asked))
 print(gc.get_freeze_count(), len(gc.get_objects()))
 """

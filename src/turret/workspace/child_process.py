@@ -1,8 +1,12 @@
-"""Run a job in a process of its own: pass on the progress, and stop it when asked.
+"""Of the processes of a worker: how it starts one, and what such a process does to do jobs.
 
-The child prints its progress on stdout, one JSON object per line. Its environment has none of torchrun's variables. It
-finds the store in TURRET_STORE, because a URL may have a password and arguments are visible. Its stdin closes when the
-parent process ends, which tells it to stop; `stop_with_parent` watches that.
+A process gets a `WorkerRequest` as its argument. Then it hears lines of JSON on stdin: `StartLine`, with a job, and
+`StopLine`. It says lines of JSON on stdout, each with the id of a job: `{"run": ID}` as a sign of life, with `stage`
+for a line of its log, with `status` and `text` at its end. `do_request` does one job;
+`turret.workspace.resident_trainer` does several.
+
+Its environment has none of torchrun's variables. It finds the store in TURRET_STORE, because a URL may have a password
+and arguments are visible. Its stdin closes when the worker ends, which tells it to stop; `hear_parent` hears that.
 
 A child that hangs hears no signal but SIGKILL. Its parent kills it; without a parent, `Alive` ends it.
 """
@@ -18,10 +22,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import IO, TypedDict, final
 
 from turret.access import Access
@@ -39,7 +45,7 @@ from turret.errors import (
 )
 from turret.json_types import JsonObject, Plain
 from turret.location import Location
-from turret.process import environment, kill_child
+from turret.process import environment
 from turret.recipe import Recipe
 from turret.store import JobQueue, Store
 from turret.store.jobs import Job
@@ -80,88 +86,7 @@ def why_alone(recipe: Recipe) -> str | None:
     return None
 
 
-def run_child(
-    module: str,
-    argument: str,
-    errors: Path,
-    say: Say,
-    store: Location,
-    stop: Callable[[], bool] = never,
-    *,
-    silent: float | None = None,
-    stopping: float | None = None,
-) -> Failure | None:
-    """Run `python -P -m MODULE ARGUMENT` until it ends.
-
-    Args:
-        errors: the file for its stderr.
-        stop: asked a few times a second; once it is true, the child is told to write a checkpoint and end.
-        silent: seconds without a line or a sign of life, after which the child and all processes that it started are
-            killed; None: never.
-        stopping: seconds after it was told to stop, after which they are killed; None: never.
-
-    Returns:
-        Why the process failed; None if it succeeded or was told to stop.
-
-    Raises:
-        Interrupted: the user stopped it.
-    """
-    with errors.open("wb") as written, start_child(module, argument, written, store) as child:
-        return _follow_child(child, errors, say, stop, silent, stopping)
-
-
-def _follow_child(
-    child: subprocess.Popen[str],
-    errors: Path,
-    say: Say,
-    stop: Callable[[], bool],
-    silent: float | None,
-    stopping: float | None,
-) -> Failure | None:
-    """Follow a child until it ends."""
-    asked, hung, ended = threading.Event(), threading.Event(), threading.Event()
-    heard = [time.monotonic()]  # when the child last printed something
-
-    def watch() -> None:
-        polled, end = time.monotonic(), None
-        while not ended.wait(POLL_SECONDS):
-            now = time.monotonic()
-            if now - polled > PAUSED_SECONDS:  # the child is given the time in which this process heard nothing
-                heard[0] += now - polled
-            polled = now
-            if not asked.is_set() and stop():
-                asked.set()
-                child.terminate()  # it finishes the step and writes a checkpoint
-                end = None if stopping is None else time.monotonic() + stopping
-            if end is not None and time.monotonic() > end:
-                kill_child(child)
-            elif silent is not None and now - heard[0] > silent:
-                hung.set()
-                kill_child(child)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        for value in _printed_objects(child.stdout, heard):
-            if isinstance(value.get("stage"), str):
-                say(value["stage"])
-        status = child.wait()
-    finally:
-        ended.set()
-        watcher.join()
-        if child.poll() is None:
-            kill_child(child)
-    if status == 0 or (asked.is_set() and not hung.is_set()):
-        return None
-    if hung.is_set():
-        return silence(silent or 0)
-    if status == Interrupted.exit_status:
-        raise Interrupted(STOPPED)
-    text = errors.read_text(errors="replace")
-    return failure_of(status, [line.strip() for line in text.splitlines() if line.strip()])
-
-
-def start_child(module: str, argument: str, errors: IO[str] | IO[bytes], store: Location) -> subprocess.Popen[str]:
+def start_child(module: str, argument: str, errors: IO[str], store: Location) -> subprocess.Popen[str]:
     """Start `python -P -m MODULE ARGUMENT`, with pipes to and from it. errors: the file for its stderr."""
     return subprocess.Popen(
         [sys.executable, "-P", "-m", module, argument],
@@ -194,18 +119,6 @@ def _span(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:g} s"
 
 
-def _printed_objects(lines: Iterable[str] | None, heard: list[float]) -> Iterator[JsonObject]:
-    """The objects among the process's output, until it closes its stdout."""
-    for line in lines or ():
-        heard[0] = time.monotonic()
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            yield value
-
-
 # --- in the child -----------------------------------------------------------------------------------------------------
 
 
@@ -225,30 +138,21 @@ def status_of(error: TurretError) -> int:
 
 
 class WorkerRequest(TypedDict):
-    """What a worker asks of all its processes. local: folder of the store. silent, stopping: seconds."""
+    """What a worker asks of its processes.
+
+    local: folder of the store. silent, stopping: seconds. folder: for data; None: the data is this user's.
+    """
 
     local: str
     silent: float
     stopping: float
     bases: list[str]
-
-
-class TrainerRequest(WorkerRequest):
-    """What a worker asks of its kept process. own: the store's files are this user's."""
-
-    own: bool
-
-
-class JobRequest(WorkerRequest):
-    """What a worker asks of the process of one job. folder: for its data; None: the data is this user's."""
-
-    taken: JsonObject  # `Job.as_json`
     folder: str | None
 
 
 @final
 class StartLine(TypedDict):
-    """A run that the kept process begins. queued: names of the bases that waiting runs want."""
+    """A run that the process begins. queued: names of the bases that waiting runs want."""
 
     start: JsonObject  # `Job.as_json`
     queued: list[str]
@@ -256,7 +160,7 @@ class StartLine(TypedDict):
 
 @final
 class StopLine(TypedDict):
-    """The id of a run that the kept process ends."""
+    """The id of a run that the process ends."""
 
     stop: str
 
@@ -269,19 +173,31 @@ class Ended:
     text: str | None = None  # of the error
 
 
-def do_request(request: str, do: Callable[[JobRequest, Store, Job], Ended]) -> int:
-    """Do the job of a worker's request in this process. Returns the exit status.
+def do_request(request: str, do: Callable[[WorkerRequest, Store, Job, Say], Ended]) -> None:
+    """Do the one job that the worker gives this process, in this thread.
 
     Args:
-        do: gets the store as the job's tenant sees it.
+        do: gets the store as the job's tenant sees it, and says lines for the log. SIGTERM tells it to stop.
     """
-    asked: JobRequest = json.loads(request)
-    stop_with_parent(asked["stopping"])
-    taken = Job.of(asked["taken"])
-    ended = do(asked, parents_store(asked["local"]).with_access(Access(taken.tenant)), taken)
-    if ended.text is not None:
-        say_to_parent(ended.text)
-    return ended.status
+    asked: WorkerRequest = json.loads(request)
+    starts, ended = SimpleQueue[StartLine](), threading.Event()
+
+    def stop() -> None:
+        if not ended.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def hear(line: StartLine | StopLine) -> None:
+        if "stop" in line:
+            stop()
+        else:
+            starts.put(line)
+
+    hear_parent(hear, stop, asked["stopping"])
+    taken = Job.of(starts.get()["start"])
+    store = parents_store(asked["local"]).with_access(Access(taken.tenant))
+    done = do(asked, store, taken, partial(say_to_parent, taken.id))
+    ended.set()
+    print_to_parent({"run": taken.id, "status": done.status, "text": done.text})
 
 
 def attempt(
@@ -331,9 +247,9 @@ def mistake_of_turret(error: BaseException) -> str:
     return one_line(f"this is a bug in turret ({type(error).__name__}: {error}): please report it")
 
 
-def say_to_parent(line: str) -> None:
-    """Print a line of progress for the parent process."""
-    print_to_parent({"stage": line})
+def say_to_parent(run: str, line: str) -> None:
+    """Print a line for the log of a run."""
+    print_to_parent({"run": run, "stage": line})
 
 
 def print_to_parent(value: Mapping[str, Plain]) -> None:
@@ -346,11 +262,12 @@ class Alive:
     """Signs of life for the parent process. If there is none for too long, this process ends, whoever its parent is.
 
     Args:
+        run: the job that this process does.
         silent: seconds; the parent kills this process earlier than that.
     """
 
-    def __init__(self, silent: float) -> None:
-        self._silent, self._last = silent, 0.0
+    def __init__(self, run: str, silent: float) -> None:
+        self._run, self._silent, self._last = run, silent, 0.0
         self.sign()
 
     def sign(self) -> None:
@@ -358,26 +275,31 @@ class Alive:
         now = time.monotonic()
         if now - self._last > ALIVE_SECONDS:
             self._last = now
-            print_to_parent({"alive": True})
+            print_to_parent({"run": self._run})
             # A thread in C, which does not need Python's lock: a regular expression may hold that for ever.
             faulthandler.dump_traceback_later(self._silent, exit=True)
 
 
-def stop_with_parent(stopping: float) -> None:
-    """From now on, ask this process to stop once its parent has ended, which closes our stdin.
+def hear_parent(hear: Callable[[StartLine | StopLine], None], stop: Callable[[], None], stopping: float) -> None:
+    """From now on, hear the worker in a thread.
 
     Args:
-        stopping: seconds after which it is killed, with all that it started.
+        hear: gets each line of stdin.
+        stop: called once the worker has ended, which closes stdin.
+        stopping: seconds after that, in which this process must end. Else it is killed, with all that it started.
     """
-    threading.Thread(target=_watch_stdin, args=[stopping], daemon=True).start()
 
+    def listen() -> None:
+        left = b""
+        while piece := os.read(sys.stdin.fileno(), 1 << 16):  # not sys.stdin: at exit Python would wait for its lock
+            *lines, left = (left + piece).split(b"\n")
+            for line in lines:
+                hear(json.loads(line))
+        stop()
+        time.sleep(stopping)
+        end_at_once()
 
-def _watch_stdin(stopping: float) -> None:
-    while os.read(sys.stdin.fileno(), 4096):  # not sys.stdin: at exit Python would wait for its lock and abort
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(stopping)
-    end_at_once()
+    threading.Thread(target=listen, daemon=True).start()
 
 
 def end_at_once() -> None:

@@ -44,10 +44,9 @@ from turret.workspace.child_process import (
     Alive,
     Ended,
     Failure,
-    JobRequest,
+    WorkerRequest,
     attempt,
     do_request,
-    say_to_parent,
 )
 from turret.workspace.data_readers import DataReaders
 from turret.workspace.progress import Say
@@ -62,14 +61,14 @@ WATCHED = 1.2  # times the silence that the worker allows: then this process end
 EARLIER_SECONDS = 120.0  # in which an earlier process of a cell can write its checkpoint
 
 
-def main(request: str) -> int:
-    """Carry out a request of the worker. Returns the exit status."""
-    return do_request(request, _do)
+def main(request: str) -> None:
+    """Carry out a request of the worker."""
+    do_request(request, _do)
 
 
-def _do(asked: JobRequest, store: Store, taken: Job) -> Ended:
-    alive = Alive(WATCHED * asked["silent"] + asked["stopping"])
-    callbacks = callbacks_for(say_to_parent, lambda _: alive.sign())
+def _do(asked: WorkerRequest, store: Store, taken: Job, say: Say) -> Ended:
+    alive = Alive(taken.id, WATCHED * asked["silent"] + asked["stopping"])
+    callbacks = callbacks_for(say, lambda _: alive.sign())
 
     def read(recipe: Recipe) -> Dataset:
         if asked["folder"] is not None:
@@ -360,4 +359,4 @@ def _most_tokens(engine: Engine, seconds: float) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    main(sys.argv[1])

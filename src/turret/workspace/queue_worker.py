@@ -17,14 +17,15 @@ so that another machine can take what waits.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import tempfile
 import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Protocol
@@ -45,14 +46,11 @@ from turret.workspace.child_process import (
     SHORT,
     STOPPED,
     Failure,
-    JobRequest,
     StartLine,
     StopLine,
-    TrainerRequest,
     WorkerRequest,
     failure_of,
     never,
-    run_child,
     silence,
     start_child,
     status_of,
@@ -71,7 +69,7 @@ MOST_OUTAGES = 12  # in a row, with `until_empty`
 MOST_UNANSWERED = 6  # trainings in a row that ended in an outage, with `until_empty`
 STOPPING_SECONDS = 60.0
 SILENT_SECONDS = 3600.0  # without a word of a training
-CLOSING_SECONDS = 10.0  # for the kept process, when all of its trainings have ended
+CLOSING_SECONDS = 10.0  # for a process, when all of its jobs have ended
 PAUSE_SECONDS, MOST_PAUSE = 5.0, 300.0  # after the first try in a row that this machine failed; at most
 
 
@@ -85,13 +83,14 @@ class WorkerLimits:
     stopping_seconds: float = STOPPING_SECONDS  # for the step and the checkpoint of a job that is told to stop
     own: bool = False  # the jobs are of this process: they read its files, as its current folder names them
 
-    def as_request(self, store: Store) -> WorkerRequest:
-        """What all processes of the worker are asked."""
+    def as_request(self, store: Store, folder: str) -> WorkerRequest:
+        """What a process of the worker is asked. folder: for data that is not this user's."""
         return {
             "local": str(store.root.absolute()),
             "silent": self.silent_seconds,
             "stopping": self.stopping_seconds,
             "bases": list(self.bases),
+            "folder": None if self.own else folder,
         }
 
 
@@ -99,7 +98,7 @@ class Trainer(Protocol):
     """Where a worker has its jobs done, several at once: the kept process, or the process that serves."""
 
     def run(self, taken: Job, tell: Say, stop: Callable[[], bool]) -> Failure | None:
-        """Train a run; see `ResidentTrainer.run`."""
+        """Train a run; see `WorkerProcess.run`."""
 
     def close(self) -> None:
         """End what runs, with checkpoints."""
@@ -131,7 +130,7 @@ class Worker:
         self._failures = self._outages = self._unanswered = 0  # in a row: by this machine; at a look; by the store
         self._pause_until = 0.0
         self._stopping, self._changed = threading.Event(), threading.Event()
-        self._trainer = trainer or ResidentTrainer(store, self._queue, limits, self._stopping)
+        self._trainer = trainer or WorkerProcess(store, self._queue, limits, self._stopping)
         self._mine = mine
         self._one_alone = threading.Lock()
 
@@ -301,28 +300,29 @@ def can_share(recipe: str, spec: CellSpec | StudySpec | None = None) -> bool:
         return False
 
 
-# --- the kept process -------------------------------------------------------------------------------------------------
+# --- a process --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Died(Failure):
-    """The kept process died while it trained several. Nobody knows which of them ended it."""
+    """The process died while it trained several. Nobody knows which of them ended it."""
 
 
 @dataclass
-class _Kept:
-    """A kept process."""
+class _Child:
+    """A process that was started."""
 
     process: subprocess.Popen[str]
-    errors: tempfile.TemporaryDirectory[str]
+    folder: tempfile.TemporaryDirectory[str]  # for its stderr and its data
+    listener: threading.Thread = field(init=False)  # hears it, and removes the folder
     problem: Failure | None = None  # why this process killed it
 
 
 @dataclass
 class _Hosted:
-    """A run in a kept process."""
+    """A run in a child."""
 
-    kept: _Kept
+    child: _Child
     tell: Say
     heard: float = field(default_factory=time.monotonic)  # when it last gave a sign of life
     over: threading.Event = field(default_factory=threading.Event)
@@ -330,23 +330,31 @@ class _Hosted:
     ended: Failure | None = None
 
 
-class ResidentTrainer:
-    """The kept process in which trainings share bases. It starts with the first of them, and again after its death."""
+class WorkerProcess:
+    """A process that does jobs. It starts with the first of them, and again after its death.
 
-    def __init__(self, store: Store, queue: JobQueue, limits: WorkerLimits, stopping: threading.Event) -> None:
-        self._store, self._queue, self._limits, self._stopping = store, queue, limits, stopping
+    Args:
+        stopping: whether the worker ends.
+        module: of the process. Only the kept one, in which trainings share bases, does several jobs.
+    """
+
+    def __init__(
+        self, store: Store, queue: JobQueue, limits: WorkerLimits, stopping: threading.Event, module: str = TRAINER
+    ) -> None:
+        self._store, self._queue, self._limits = store, queue, limits
+        self._stopping, self._module = stopping, module
         self._lock = threading.Lock()
         self._hosted: dict[str, _Hosted] = {}
-        self._kept: _Kept | None = None
+        self._child: _Child | None = None
 
     def run(self, taken: Job, tell: Say, stop: Callable[[], bool]) -> Failure | None:
-        """Train a run in the kept process.
+        """Do a job in the process.
 
         Args:
             stop: asked a few times a second; once it is true, the run shall write a checkpoint and end.
 
         Returns:
-            Why it failed; None if it succeeded or was told to stop.
+            Why it failed; None if it succeeded or ended as it was told to.
 
         Raises:
             Interrupted: somebody else stopped the process.
@@ -357,8 +365,10 @@ class ResidentTrainer:
             if self._hosted:  # before it is so: the process may die at any time
                 self._queue.set_beside([*self._hosted, taken.id])
             hosted = self._hosted[taken.id] = _Hosted(self._running(), tell)
-            self._send(hosted.kept, {"start": taken.as_json(), "queued": queued})
-        if self._wait(taken.id, hosted, stop):
+            self._send(hosted.child, {"start": taken.as_json(), "queued": queued})
+        if (
+            self._wait(taken.id, hosted, stop) and hosted.ended is not hosted.child.problem
+        ):  # it was not killed as silent
             return None
         if hosted.status == Interrupted.exit_status:
             raise Interrupted(STOPPED)
@@ -367,34 +377,38 @@ class ResidentTrainer:
     def close(self) -> None:
         """End the process; one that still trains ends by itself, when its runs have written their checkpoints."""
         with self._lock:
-            kept, self._kept = self._kept, None
-        if kept is None:
+            child, self._child = self._child, None
+        if child is None:
             return
-        assert kept.process.stdin is not None
+        assert child.process.stdin is not None
         with suppress(OSError):
-            kept.process.stdin.close()
+            child.process.stdin.close()
         if not self._hosted:
             try:
-                kept.process.wait(CLOSING_SECONDS)
+                child.process.wait(CLOSING_SECONDS)
             except subprocess.TimeoutExpired:
-                kill_child(kept.process)
+                kill_child(child.process)
+            child.listener.join(CLOSING_SECONDS)
 
-    def _running(self) -> _Kept:
+    def _running(self) -> _Child:
         """The process; a new one if there is none."""
-        if self._kept is None or self._kept.process.poll() is not None:
-            request: TrainerRequest = {**self._limits.as_request(self._store), "own": self._limits.own}
-            folder = tempfile.TemporaryDirectory(prefix="turret-")
+        if self._child is None or self._child.process.poll() is not None:
+            folder = tempfile.TemporaryDirectory(prefix="turret-", ignore_cleanup_errors=True)
+            data = Path(folder.name) / "data"
+            data.mkdir()
+            request = json.dumps(self._limits.as_request(self._store, str(data)))
             with (Path(folder.name) / "stderr.txt").open("w") as errors:
-                process = start_child(TRAINER, json.dumps(request), errors, self._store.location)
-            self._kept = _Kept(process, folder)
-            threading.Thread(target=self._listen, args=[self._kept], name="turret-trainer", daemon=True).start()
-        return self._kept
+                child = _Child(start_child(self._module, request, errors, self._store.location), folder)
+            child.listener = threading.Thread(target=self._listen, args=[child], name="turret-trainer", daemon=True)
+            child.listener.start()
+            self._child = child
+        return self._child
 
-    def _send(self, kept: _Kept, line: StartLine | StopLine) -> None:
-        assert kept.process.stdin is not None
+    def _send(self, child: _Child, line: StartLine | StopLine) -> None:
+        assert child.process.stdin is not None
         with suppress(OSError, ValueError):  # it has died, which `_listen` finds
-            kept.process.stdin.write(json.dumps(line) + "\n")
-            kept.process.stdin.flush()
+            child.process.stdin.write(json.dumps(line) + "\n")
+            child.process.stdin.flush()
 
     def _wait(self, run: str, hosted: _Hosted, stop: Callable[[], bool]) -> bool:
         """Wait for the end of a run. Returns whether it was told to stop."""
@@ -407,50 +421,61 @@ class ResidentTrainer:
             if told is None and stop():
                 told = now
                 with self._lock:
-                    self._send(hosted.kept, {"stop": run})
+                    self._send(hosted.child, {"stop": run})
             late = told is not None and now - told > self._limits.stopping_seconds
             if late and (self._stopping.is_set() or len(self._hosted) == 1):  # else others would be killed too
-                kill_child(hosted.kept.process)
+                kill_child(hosted.child.process)
             elif now - hosted.heard > self._limits.silent_seconds:
-                hosted.kept.problem = silence(self._limits.silent_seconds)
-                kill_child(hosted.kept.process)
+                hosted.child.problem = silence(self._limits.silent_seconds)
+                kill_child(hosted.child.process)
         return told is not None
 
-    def _listen(self, kept: _Kept) -> None:
+    def _listen(self, child: _Child) -> None:
         """Pass on what a process says, until it ends; then all of its runs have ended."""
-        assert kept.process.stdout is not None
-        for line in kept.process.stdout:
-            try:
-                said = json.loads(line)
-                hosted = self._hosted.get(said["run"])
-            except (ValueError, TypeError, KeyError):
-                continue
-            if hosted is None:
-                continue
-            hosted.heard = time.monotonic()
-            if "stage" in said:
-                hosted.tell(said["stage"])
-            if "status" in said:
-                hosted.status, text = said["status"], said["text"]
-                if text is not None:
-                    hosted.tell(text)
-                if hosted.status:
-                    hosted.ended = Failure(text or STOPPED, hosted.status)
-                with self._lock:
-                    del self._hosted[said["run"]]
-                hosted.over.set()
-        kept.process.stdout.close()
-        status = kept.process.wait()
-        with kept.errors:
-            text = (Path(kept.errors.name) / "stderr.txt").read_text(errors="replace")
-        failure = kept.problem or failure_of(status, [each.strip() for each in text.splitlines() if each.strip()])
+        assert child.process.stdout is not None
+        try:
+            with child.process.stdout as lines:
+                for line in lines:
+                    self._hear(line)
+        except BaseException:  # a line could not be passed on
+            kill_child(child.process)
+            raise
+        finally:
+            self._end(child)
+
+    def _hear(self, line: str) -> None:
+        try:
+            said = json.loads(line)
+            hosted = self._hosted.get(said["run"])
+        except (ValueError, TypeError, KeyError):
+            return
+        if hosted is None:
+            return
+        hosted.heard = time.monotonic()
+        if "stage" in said:
+            hosted.tell(said["stage"])
+        if "status" in said:
+            hosted.status, text = said["status"], said["text"]
+            if text is not None:
+                hosted.tell(text)
+            if hosted.status:
+                hosted.ended = Failure(text or STOPPED, hosted.status)
+            with self._lock:
+                del self._hosted[said["run"]]
+            hosted.over.set()
+
+    def _end(self, child: _Child) -> None:
+        status = child.process.wait()
+        text = (Path(child.folder.name) / "stderr.txt").read_text(errors="replace")
+        failure = child.problem or failure_of(status, [each.strip() for each in text.splitlines() if each.strip()])
         with self._lock:
-            left = {run: each for run, each in self._hosted.items() if each.kept is kept}
+            left = {run: each for run, each in self._hosted.items() if each.child is child}
             for run in left:
                 del self._hosted[run]
         for each in left.values():
             each.ended = failure if len(left) == 1 else Died(failure.text, failure.status)
             each.over.set()
+        child.folder.cleanup()
 
 
 def wanted_bases(recipes: Iterable[str]) -> set[str]:
@@ -531,7 +556,8 @@ class _Try:
                 asked = self._stopping.is_set() or self._asked.is_set() or keeper.lost or self._stop()
                 return asked or self._took_too_long()
 
-            problem = self._run_beside(stop) if self._trainer is not None else self._run_own_process(stop)
+            trainer = self._trainer
+            problem = self._run_in(trainer, stop) if trainer is not None else self._run_own_process(stop)
             if isinstance(problem, Died):
                 problem = self._go_on_alone(problem, stop)
             killed = problem is not None and problem.status is not None and problem.status < 0
@@ -541,10 +567,9 @@ class _Try:
                 self._tell(problem.text)  # its process was killed, and could not say it
             return problem
 
-    def _run_beside(self, stop: Callable[[], bool]) -> Failure | None:
-        assert self._trainer is not None
+    def _run_in(self, trainer: Trainer, stop: Callable[[], bool]) -> Failure | None:
         try:
-            return self._trainer.run(self._taken, self._tell, stop)
+            return trainer.run(self._taken, self._tell, stop)
         except StoreError as error:
             return Failure(str(error), status_of(error))
 
@@ -568,20 +593,11 @@ class _Try:
             self._one_alone.release()
 
     def _run_own_process(self, stop: Callable[[], bool]) -> Failure | None:
-        taken, limits = self._taken, self._limits
-        study = taken.kind == STUDY  # it is silent while it waits for cells
-        silent = None if study else limits.silent_seconds
-        with tempfile.TemporaryDirectory(prefix="turret-") as folder:
-            alone = Path(folder) / "training"
-            alone.mkdir()
-            request: JobRequest = {
-                **limits.as_request(self._store),
-                "taken": taken.as_json(),
-                "folder": None if limits.own else str(alone),
-            }
-            child, text, errors = CONDUCTOR if study else CHILD, json.dumps(request), Path(folder) / "stderr.txt"
-            where, stopping = self._store.location, limits.stopping_seconds
-            return run_child(child, text, errors, self._tell, where, stop, silent=silent, stopping=stopping)
+        study = self._taken.kind == STUDY  # it is silent while it waits for cells
+        limits = replace(self._limits, silent_seconds=math.inf) if study else self._limits
+        module = CONDUCTOR if study else CHILD
+        with closing(WorkerProcess(self._store, self._queue, limits, self._stopping, module)) as own:
+            return self._run_in(own, stop)
 
     def _tell(self, line: str) -> None:
         self._say(f"run {self._taken.id}: {line}")

@@ -1,9 +1,7 @@
 """The kept process in which jobs share bases: `python -P -m turret.workspace.resident_trainer REQUEST`.
 
-It hears lines of JSON: `{"start": JOB, ...}`, with what `Job.as_json` gives, and `{"stop": ID}`. It says for each job
-`{"run": ID}` as a sign of life, with `stage` for a line of its log, with `status` and `text` at its end. Each job has a
-thread; one more thread computes for all of them. When stdin is closed, each job writes a checkpoint and returns to the
-queue.
+It hears and says the lines of `turret.workspace.child_process`. Each job has a thread; one more thread computes for all
+of them. When stdin is closed, each job writes a checkpoint and returns to the queue.
 
 It opens no file of a tenant: `turret.workspace.data_readers` reads the data, in a process that is killed if it hangs.
 Only the cells of a comparison that its parent runs read their own data, from the same folder as the parent.
@@ -16,7 +14,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Collection
@@ -36,11 +33,12 @@ from turret.workspace.child_process import (
     Ended,
     StartLine,
     StopLine,
-    TrainerRequest,
-    end_at_once,
+    WorkerRequest,
+    hear_parent,
     mistake_of_turret,
     parents_store,
     print_to_parent,
+    say_to_parent,
 )
 from turret.workspace.data_readers import DataReaders
 from turret.workspace.job_process import WATCHED, Trial, callbacks_for, carry_out
@@ -52,13 +50,13 @@ class Trainer:
     """The runs of this process.
 
     Args:
-        asked: the request of the worker.
-        folder: a private one, for what the readers of data write.
+        asked: the request of the worker. The readers of data write into its folder.
     """
 
-    def __init__(self, asked: TrainerRequest, folder: Path) -> None:
+    def __init__(self, asked: WorkerRequest) -> None:
         self._asked = asked
         self._store = parents_store(asked["local"])
+        folder = None if asked["folder"] is None else Path(asked["folder"])
         self._readers = DataReaders(self._store, asked["silent"], folder=folder)
         self._bases, self._room = ResidentBases(), Room()
         self._queued: Collection[str] = ()  # names of the bases that waiting runs want
@@ -109,7 +107,7 @@ class Trainer:
 
                 def read(recipe: Recipe) -> Dataset:
                     run.seat.base = recipe.base
-                    if self._asked["own"]:
+                    if self._asked["folder"] is None:
                         return read_dataset(store, recipe, callbacks.stage)
                     callbacks.stage(f"reading {one_line(recipe.data.source, 100)}")
                     run.reads = True
@@ -154,7 +152,7 @@ class _Run:
 
     def say(self, line: str) -> None:
         """Say a line for its log."""
-        print_to_parent({"run": self.taken.id, "stage": line})
+        say_to_parent(self.taken.id, line)
 
     def heard(self, record: StepRecord | None) -> None:
         """It has begun a stage, which raises Interrupted if it shall end, or has made a step."""
@@ -179,26 +177,13 @@ def main(request: str) -> None:
     """Train what the worker gives, until it ends."""
     process.share()  # one heap for the threads of all runs: what one frees, another uses
     process.exempt_loaded()  # a collection for each run then looks at runs and bases alone
-    asked = json.loads(request)
-    with tempfile.TemporaryDirectory(prefix="turret-") as folder:
-        if not asked["own"]:
-            os.chdir(folder)
-        trainer = Trainer(asked, Path(folder))
-        signal.signal(signal.SIGTERM, trainer.stop)
-        threading.Thread(target=_listen, args=[trainer, asked["stopping"]], daemon=True).start()
-        trainer.wait()
-
-
-def _listen(trainer: Trainer, stopping: float) -> None:
-    """Carry out each line of stdin. At its end, all runs have so many seconds to end."""
-    left = b""
-    while piece := os.read(sys.stdin.fileno(), 1 << 16):  # not sys.stdin: at exit Python would wait for its lock
-        *lines, left = (left + piece).split(b"\n")
-        for line in lines:
-            trainer.hear(json.loads(line))
-    trainer.stop()
-    time.sleep(stopping)
-    end_at_once()
+    asked: WorkerRequest = json.loads(request)
+    if asked["folder"] is not None:
+        os.chdir(asked["folder"])
+    trainer = Trainer(asked)
+    signal.signal(signal.SIGTERM, trainer.stop)
+    hear_parent(trainer.hear, trainer.stop, asked["stopping"])
+    trainer.wait()
 
 
 if __name__ == "__main__":

@@ -20,17 +20,19 @@ from turret.store.jobs import Job, StudyResult
 from turret.store.queued_data import PLACE
 from turret.workspace import comparing, sweeping
 from turret.workspace.cells import Workers
-from turret.workspace.child_process import JobRequest, attempt, do_request, say_to_parent
-from turret.workspace.progress import Progress
+from turret.workspace.child_process import Ended, WorkerRequest, attempt, do_request
+from turret.workspace.progress import Progress, Say
 from turret.workspace.queueing import ComparisonRequest, bring_data, order_of, require_base
 
 
-def main(request: str) -> int:
-    """Carry out a request of the worker. Returns the exit status."""
+def main(request: str) -> None:
+    """Carry out a request of the worker."""
     stop_on_sigterm()
-    return do_request(
-        request, lambda asked, store, taken: attempt(store, taken, lambda queue: _conduct(store, queue, taken, asked))
-    )
+    do_request(request, _do)
+
+
+def _do(asked: WorkerRequest, store: Store, taken: Job, say: Say) -> Ended:
+    return attempt(store, taken, lambda queue: _conduct(store, queue, taken, asked, say))
 
 
 class _Watched(Workers):
@@ -47,7 +49,7 @@ class _Watched(Workers):
         self.noted = noted
 
 
-def _conduct(store: Store, queue: JobQueue, taken: Job, asked: JobRequest) -> None:
+def _conduct(store: Store, queue: JobQueue, taken: Job, asked: WorkerRequest, say: Say) -> None:
     assert taken.spec is not None
     assert "verb" in taken.spec
     queue.adopt(taken)
@@ -61,12 +63,12 @@ def _conduct(store: Store, queue: JobQueue, taken: Job, asked: JobRequest) -> No
         named = recipe.data.source.removeprefix(f"{place[0]}/")
         recipe = recipe.changed(data={"source": named})
     if isinstance(order, ComparisonRequest):
-        compared = comparing.compare(store, recipe, order, say_to_parent, comparing.require_few, tasks)
+        compared = comparing.compare(store, recipe, order, say, comparing.require_few, tasks)
         missing, version = compared.missing, compared.promotion.version
         result: StudyResult = {"report": Path(compared.folder).name, "said": headline(compared), "version": version}
     else:
         recipe, request = sweeping.split(order, recipe)
-        found = sweeping.sweep(store, recipe, replace(request, on=tasks), say_to_parent)
+        found = sweeping.sweep(store, recipe, replace(request, on=tasks), say)
         missing, best = found.missing, found.ranked[0]
         toml = found.best.changed(data={"source": taken.spec["sent"]}).to_toml()
         said = f"the best of {len(found.ranked)} trials: {best.title}"
@@ -75,4 +77,4 @@ def _conduct(store: Store, queue: JobQueue, taken: Job, asked: JobRequest) -> No
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    main(sys.argv[1])
