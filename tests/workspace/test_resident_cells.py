@@ -58,7 +58,10 @@ class Study:
 
     def _said(self, line: str) -> None:
         for each in psutil.Process().children():
-            words = each.cmdline()
+            try:
+                words = each.cmdline()
+            except psutil.NoSuchProcess:  # it has just ended
+                continue
             for module in ("resident_trainer", "job_process"):
                 if f"turret.workspace.{module}" in words:
                     self.processes[each.pid] = module == "resident_trainer"
