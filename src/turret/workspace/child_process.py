@@ -183,7 +183,7 @@ def do_request(request: str, do: Callable[[WorkerRequest, Store, Job, Say], Ende
     starts, ended = SimpleQueue[StartLine](), threading.Event()
 
     def stop() -> None:
-        if not ended.is_set():
+        if not ended.is_set():  # else this process is about to end
             os.kill(os.getpid(), signal.SIGTERM)
 
     def hear(line: StartLine | StopLine) -> None:

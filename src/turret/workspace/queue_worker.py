@@ -366,9 +366,8 @@ class WorkerProcess:
                 self._queue.set_beside([*self._hosted, taken.id])
             hosted = self._hosted[taken.id] = _Hosted(self._running(), tell)
             self._send(hosted.child, {"start": taken.as_json(), "queued": queued})
-        if (
-            self._wait(taken.id, hosted, stop) and hosted.ended is not hosted.child.problem
-        ):  # it was not killed as silent
+        told = self._wait(taken.id, hosted, stop)
+        if told and hosted.ended is not hosted.child.problem:  # which is that it was silent
             return None
         if hosted.status == Interrupted.exit_status:
             raise Interrupted(STOPPED)
