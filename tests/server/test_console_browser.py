@@ -273,7 +273,7 @@ def test_curves_grow_while_a_run_trains(opened: Open, running: Running) -> None:
     assert re.search(r"step\W*30\D", legends)
     assert re.search(r"accuracy, test\W*80\.0%", legends)
     assert page.get_by_text("91.0%").is_visible()
-    assert page.get_by_text("1k of 100k parameters").is_visible()
+    assert page.get_by_text("1.0k of 100k parameters").is_visible()
     page.get_by_text("Recipe").click()
     assert page.get_by_text("epochs = 3").is_visible()
 
