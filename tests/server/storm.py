@@ -7,6 +7,7 @@ and the memory of the process must not grow. What a client asks, and what must b
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import itertools
 import os
@@ -15,7 +16,8 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,6 +133,17 @@ class Memory(threading.Thread):
         return statistics.median(self.bytes[-quarter:]) - statistics.median(self.bytes[quarter : 2 * quarter])
 
 
+@contextmanager
+def usual_collections() -> Iterator[None]:
+    """Look for garbage as often as a server does: other tests look seldom, and memory would grow by what lies about."""
+    seldom = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)  # Python's defaults
+    try:
+        yield
+    finally:
+        gc.set_threshold(*seldom)
+
+
 class OnlyBugs(io.StringIO):
     """A log that keeps only bugs, because other lines would count as growth of memory."""
 
@@ -192,7 +205,8 @@ def storm(running: Any, tenants: Sequence[Tenant], ask: Ask, *, turns: int | Non
         await asyncio.gather(*(talk(running.url, number, going, each, ask, answered) for number, each in numbered))
 
     try:
-        asyncio.run(all_at_once())
+        with usual_collections():
+            asyncio.run(all_at_once())
     finally:
         for each in (*churning, memory):
             each.ended.set()

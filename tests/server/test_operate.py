@@ -84,7 +84,7 @@ def test_a_new_secret_and_the_end_of_a_token(serve, put, workspace) -> None:
         ({"name": "x", "scope": "infer", "requests": "-1"}, "expected a whole number"),
         ({"name": "x", "scope": "infer", "requests": "0"}, "at least 1"),
         ({"name": "x", "scope": "infer", "expires": "soon"}, "expected a number with s, m, h or d"),
-        ({"name": "x", "scope": "infer", "expires": "nan"}, "expected from 1 second"),
+        ({"name": "x", "scope": "infer", "expires": "nan"}, "expected a number with s, m, h or d"),
         ({"name": "x", "scope": "infer", "expires": "900000d"}, "expected from 1 second"),
         ({"name": "x", "scope": "infer", "adapters": "*b"}, "bad adapter pattern"),
         ({"name": "boss", "scope": "infer"}, "exists or existed"),
