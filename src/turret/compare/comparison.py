@@ -406,7 +406,7 @@ def comparison(
 
 @dataclass(frozen=True)
 class SeededResults:
-    """The trainings of one row by seed, and which of them learnt."""
+    """The trainings of one row in the order of their seeds, whichever ended first, and which of them learnt."""
 
     all: Mapping[int, CellResult]
     learnt: Learnt
@@ -414,7 +414,7 @@ class SeededResults:
     @classmethod
     def of(cls, spec: str, results: Sequence[CellResult], examples: Sequence[Example]) -> SeededResults:
         """The row's results among all. examples: the test examples, in the order of the answers."""
-        own = {each.seed: each for each in results if each.spec == spec}
+        own = {each.seed: each for each in sorted(results, key=lambda each: each.seed) if each.spec == spec}
         return cls(own, learnt(list(own.values()), examples))
 
     @property
