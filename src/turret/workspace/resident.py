@@ -442,9 +442,10 @@ class ResidentBases(OwnProcess):
 
         chosen = bases.choose_device(how["device"], needed, self.machine())
         key = _key(base, task, dtype, quantization, chosen.device)
+        labels = how["num_labels"]
         if (kept := self._bases.get(key)) is None:
-            return super().load(base, **how)
-        return self.run(lambda: share(kept, num_labels=how["num_labels"]))
+            return bases.load(base, task=task, num_labels=labels, dtype=dtype, quantization=quantization, device=chosen)
+        return self.run(lambda: share(kept, num_labels=labels))
 
     def machine(self) -> Machine | None:
         return machine_of(list(self._bases.values()))
