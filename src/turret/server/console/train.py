@@ -15,6 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import StringConstraints
 
 from turret.data import source as tables
+from turret.database import OPEN_STATES
 from turret.errors import BadRequest, NotFound, TurretError
 from turret.methods import METHODS
 from turret.methods import SHOWN as METHODS_SHOWN
@@ -314,7 +315,7 @@ async def _log(view: View, run: FullRun) -> render.Context:
     return {
         "lines": lines[: -MOST_LINES - 1 : -1],
         "newest": lines[-1]["id"] if lines else 0,
-        "more": run["queue"] is not None and run["state"] in ("running", "waiting"),
+        "more": run["queue"] is not None and run["state"] in OPEN_STATES,
     }
 
 
