@@ -16,11 +16,14 @@ import pytest
 
 from turret.process import (
     FULL_COLLECTION_EVERY,
+    KERNEL_CACHES,
+    KERNELS,
     OPENMP_VARIABLES,
     SPIN,
     Died,
     HelperProcess,
     environment,
+    keep_few_kernels,
     wait_briefly,
 )
 
@@ -68,6 +71,43 @@ def test_processes_of_its_own_wait_the_same_way(monkeypatch: pytest.MonkeyPatch)
     wait_briefly()
     assert environment()["GOMP_SPINCOUNT"] == SPIN
     assert "RANK" not in environment()
+
+
+def test_onednn_keeps_few_kernels_unless_the_user_said_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, descriptions = KERNEL_CACHES
+    monkeypatch.setenv(kernels, "7")
+    monkeypatch.setenv(descriptions, "")  # so that monkeypatch restores it
+    monkeypatch.delenv(descriptions)
+    keep_few_kernels()
+    assert environment()[kernels] == "7"
+    assert environment()[descriptions] == KERNELS
+
+
+@pytest.mark.slow
+def test_a_limit_that_is_set_before_the_first_product_bounds_the_memory_of_kernels() -> None:
+    import torch
+
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN computes no bfloat16 here")
+    limited, free = grown_by_kernels(limited=True), grown_by_kernels(limited=False)
+    assert limited < free / 2, (limited, free)
+
+
+def grown_by_kernels(*, limited: bool) -> int:
+    """Bytes by which a process grows that multiplies 1,000 shapes in bfloat16."""
+    code = f"""
+import psutil
+from turret.process import keep_few_kernels
+{limited} and keep_few_kernels()
+import torch
+weight, memory = torch.ones(64, 64, dtype=torch.bfloat16), psutil.Process().memory_info
+before = memory().rss
+for tokens in range(1, 1001):
+    torch.nn.functional.linear(torch.ones(tokens, 64, dtype=torch.bfloat16), weight)
+print(memory().rss - before)
+"""
+    free = {name: value for name, value in os.environ.items() if name not in KERNEL_CACHES}
+    return int(subprocess.run([sys.executable, "-c", code], env=free, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def test_the_credentials_of_a_store_reach_only_processes_that_open_it(monkeypatch: pytest.MonkeyPatch) -> None:

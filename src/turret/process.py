@@ -222,15 +222,18 @@ PASSED = (
     "USERPROFILE",
     "VIRTUAL_ENV",
     "CC",  # Triton compiles with it
+    "LRU_CACHE_CAPACITY",  # of torch's descriptions of oneDNN's kernels
 )
 PASSED_PREFIXES = (
-    *("HF_", "XDG_", "TURRET_", "OMP_", "GOMP_", "MKL_", "LD_LIBRARY", "PYTHONPATH", "PYTHONHOME"),
+    *("HF_", "XDG_", "TURRET_", "OMP_", "GOMP_", "MKL_", "ONEDNN_", "LD_LIBRARY", "PYTHONPATH", "PYTHONHOME"),
     *("CUDA_", "PYTORCH_", "TORCH_", "TRITON_", "NCCL_", "BNB_", "LIGER_", "HIP_", "ROCR_", "HSA_"),  # of a GPU
 )
 STORE_PREFIXES = ("AWS_", "PG")  # addresses and credentials of a store by URL
 SPIN = "10000"  # iterations of an OpenMP thread's busy wait: less than a millisecond
 FULL_COLLECTION_EVERY = 100  # collections of the middle generation per full collection; Python's default is 10
 OPENMP_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+KERNELS = "256"  # that oneDNN keeps; its default is 1,024
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # kernels, and torch's descriptions of them
 
 
 def wait_briefly() -> None:
@@ -242,6 +245,16 @@ def wait_briefly() -> None:
     """
     if not any(name in os.environ for name in OPENMP_VARIABLES):
         os.environ["GOMP_SPINCOUNT"] = SPIN
+
+
+def keep_few_kernels() -> None:
+    """Let oneDNN keep 256 compiled kernels, unless the environment sets another number.
+
+    oneDNN multiplies bfloat16, and float32 on some processors. It compiles a kernel for each shape, so for each number
+    of tokens in a pass. With its own limit a small server grew by 0.7 GB in minutes (`benchmarks/kernel_cache.py`).
+    """
+    for name in KERNEL_CACHES:
+        os.environ.setdefault(name, KERNELS)
 
 
 def collect_garbage_rarely() -> None:

@@ -21,7 +21,7 @@ from turret.cli import accounts, answers, exchange, experiment, maintenance, pan
 from turret.cli.options import flatten_options
 from turret.cli.output import TYPED, complain, follows
 from turret.errors import TurretError
-from turret.process import collect_garbage_rarely, stop_on_sigterm, wait_briefly
+from turret.process import collect_garbage_rarely, keep_few_kernels, stop_on_sigterm, wait_briefly
 
 if TYPE_CHECKING:
     from typer._click.core import Context
@@ -138,6 +138,7 @@ def _root(
 def main() -> None:
     """The console script. If torchrun starts several processes, only the first one prints."""
     wait_briefly()
+    keep_few_kernels()
     collect_garbage_rarely()
     stop_on_sigterm()
     if follows():
