@@ -442,6 +442,7 @@ def test_methods_and_paths_that_are_not_there_are_told_in_the_same_shape(shared)
     client = shared.client()
     assert client.get("/v1/classify").status_code == 405
     assert client.get("/v1/classify").headers["allow"] == "POST"
+    assert "GET" in client.post("/openapi.json").headers["allow"]
     got = client.get("/v1/nothing")
     assert (got.status_code, got.json()["error"]["code"]) == (404, "not_found")
     assert client.request("TRACE", "/v1/models").status_code == 405

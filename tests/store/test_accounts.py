@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 from sqlalchemy import Engine, event, select, text
@@ -110,6 +110,23 @@ def test_sums_are_added_while_another_process_writes_and_by_many_at_once(new_url
     with database.reading() as connection:
         rows = connection.execute(select(usage.budgets).where(usage.budgets.c.unit == "tokens")).all()
     assert len(rows) == 40
+
+
+def test_a_flush_that_is_tried_again_while_its_first_try_still_ends_is_added_once(new_url: Callable[..., str]) -> None:
+    database, writer = Store(new_url()).database(make=True), usage.Writer()
+
+    def first(number: int) -> bool:
+        with database.adding() as connection:
+            return writer.is_first(connection, number)
+
+    for number in (1, 2):  # the row of the writer is made, then changed
+        with ThreadPoolExecutor(1) as other:
+            with database.adding() as connection:
+                assert writer.is_first(connection, number)
+                again = other.submit(first, number)
+                assert wait([again], timeout=0.2).not_done  # it waits for the end of the first
+            assert not again.result(timeout=10)
+    assert first(3)
 
 
 def test_a_name_of_several_adapters_that_is_too_long_is_cut(store: Store, put) -> None:

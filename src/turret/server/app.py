@@ -133,14 +133,13 @@ class _Application(FastAPI):
 
 def routes(services: Services) -> FastAPI:
     """The routes without the middleware. `/openapi.json` describes them."""
-    every = [route for each in ROUTERS for route in each.routes]
     app = _Application(
         title="Turret",
         version=__version__,
         docs_url=None,  # its pages load scripts from another host
         redoc_url=None,
         redirect_slashes=False,
-        routes=every,  # `include_router` would make each a second time
+        routes=[route for each in ROUTERS for route in each.routes],  # `include_router` would make each a second time
     )
     app.state.services, app.guard = services, getattr(services, "guard", None)
 
@@ -160,7 +159,7 @@ def routes(services: Services) -> FastAPI:
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         headers = dict(error.headers or {})
         if error.status_code == 405:  # of all routes with this path, not of the first one alone
-            found = [route for route in every if route.matches(request.scope)[0] is not Match.NONE]
+            found = [route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE]
             # /api/runs/draft is not /api/runs/{run_id}
             found = [route for route in found if getattr(route, "path", "") == request.scope["path"]] or found
             headers["Allow"] = ", ".join(sorted({name for route in found for name in getattr(route, "methods", ())}))

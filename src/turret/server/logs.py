@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from turret.errors import ServeRefused
+from turret.errors import ServeRefused, needs
 from turret.json_types import JsonValue
 from turret.server.error_responses import send_error
 from turret.timestamp import timestamp
@@ -38,13 +38,11 @@ KEPT = ("adapter", "adapters", "receipt", "inputs", "tokens", "experiment", "arm
 
 def provider() -> TracerProvider:
     """Where spans are sent from now on. Raises ServeRefused without the extra."""
-    try:
+    with needs("--otel", "OpenTelemetry", "pip install 'turret[otel]'", ServeRefused):
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ImportError:
-        raise ServeRefused("--otel: OpenTelemetry is not installed: pip install 'turret[otel]'") from None
     named = "OTEL_SERVICE_NAME" in os.environ
     made = TracerProvider(resource=Resource.create({} if named else {"service.name": "turret"}))
     made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))

@@ -25,7 +25,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from turret.access import DEFAULT
-from turret.errors import ServeRefused, Unauthorized
+from turret.errors import ServeRefused, Unauthorized, needs
 from turret.json_types import Plain
 from turret.server.auth import HOST_PREFIX, is_loopback
 
@@ -81,10 +81,8 @@ class Oidc:
     def __init__(self, settings: OidcSettings, secret: bytes, clock: Callable[[], float] = time.time) -> None:
         for name, url in (("--oidc", settings.issuer), ("--public-url", settings.public_url)):
             _check_url(name, url)
-        try:
+        with needs("--oidc", "authlib", "pip install 'turret[oidc]'", ServeRefused):
             import authlib.integrations.requests_client  # noqa: F401
-        except ImportError:
-            raise ServeRefused("--oidc needs authlib: pip install 'turret[oidc]'") from None
         self.settings, self._secret, self._clock = settings, secret, clock
         self._counted: OrderedDict[str, None] = OrderedDict()  # cookies
         self._lock = threading.Lock()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import ColumnElement, Connection, Row, delete, insert, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, Row, delete, or_, select, tuple_, update
 
 from turret.database import (
     LONGEST_NAME,
@@ -54,14 +54,12 @@ class Writer:
 
     def is_first(self, connection: Connection, number: int) -> bool:
         """Whether no earlier try of this flush was committed. Call it in the transaction that adds the sums."""
-        mine, now = flushes.c.writer == self.id, clock(connection)
-        found = connection.execute(select(flushes.c.number).where(mine)).scalar()
-        if found is None:
+        now = clock(connection)
+        if number == 1:
             connection.execute(delete(flushes).where(flushes.c.at < now - OLD))
-            connection.execute(insert(flushes).values(writer=self.id, number=number, at=now))
-        elif found < number:
-            connection.execute(update(flushes).where(mine).values(number=number, at=now))
-        return found is None or found < number
+        upsert(connection, flushes, [{"writer": self.id, "number": 0, "at": now}], change=None)
+        older = (flushes.c.writer == self.id) & (flushes.c.number < number)  # waits for an earlier try that still ends
+        return connection.execute(update(flushes).where(older).values(number=number, at=now)).rowcount == 1
 
 
 # --- usage ------------------------------------------------------------------------------------------------------------
