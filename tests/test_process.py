@@ -83,6 +83,13 @@ def test_onednn_keeps_few_kernels_unless_the_user_said_how_many(monkeypatch: pyt
     assert environment()[descriptions] == KERNELS
 
 
+def test_the_command_limits_the_kernels_before_any_library_reads_it() -> None:
+    program = COMMAND.replace('os.environ.get("GOMP_SPINCOUNT")', f"[os.environ.get(name) for name in {KERNEL_CACHES}]")
+    free = {name: value for name, value in os.environ.items() if name not in KERNEL_CACHES}
+    done = subprocess.run([sys.executable, "-c", program], env=free, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{[KERNELS, KERNELS]} False"
+
+
 @pytest.mark.slow
 def test_a_limit_that_is_set_before_the_first_product_bounds_the_memory_of_kernels() -> None:
     import torch

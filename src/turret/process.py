@@ -1,4 +1,4 @@
-"""Settings of a Turret process: OpenMP waiting, garbage collection, SIGTERM, environment; and helper processes.
+"""Settings of a Turret process: OpenMP, oneDNN, garbage collection, SIGTERM, environment; and helper processes.
 
 Loads no torch, because its libraries read these settings when they are loaded.
 """
@@ -251,7 +251,7 @@ def keep_few_kernels() -> None:
     """Let oneDNN keep 256 compiled kernels, unless the environment sets another number.
 
     oneDNN multiplies bfloat16, and float32 on some processors. It compiles a kernel for each shape, so for each number
-    of tokens in a pass. With its own limit a small server grew by 0.7 GB in minutes (`benchmarks/kernel_cache.py`).
+    of tokens in a pass. With its own limit an engine of 90 MB grew by 740 MB (`benchmarks/kernel_cache.py`).
     """
     for name in KERNEL_CACHES:
         os.environ.setdefault(name, KERNELS)
