@@ -7,7 +7,7 @@ sleep in between, so that what else the machine does hits all alike. Knows turre
 `train_sides.py`.
 
 - A step lasts from leave to step (the first of a block) or the end of the step before to its end.
-- Ratio: a side's time of a block over turret's of the same block; the median over the rounds [least, most].
+- Ratio: a side's time of a block over turret's of the same block; the median over the rounds, with a 95% interval.
 - Tokens are real ones, never padding. FLOPs of a step: 2 * 2 * (N * tokens + M * target tokens): forward, and backward
   through the activations (frozen weights have no gradient; where every weight is trained it is 3 * 2 *). N weights
   without embeddings, pooler and output layer, M weights of the output layer; attention scores and the adapter are left

@@ -126,6 +126,16 @@ def test_gates_hold_and_are_told(serve, put, workspace) -> None:
     assert client.post("/api/adapters/a@1/promote", json={"alias": "Beta"}).status_code == 400
 
 
+def test_as_many_golden_examples_are_taken_as_the_schema_says(serve, put) -> None:
+    put()
+    client = serve().client()
+    table = "text,label\n" + "".join(f"{'long ' * 200}{number},odd\n" for number in range(150))
+    assert 100_000 < len(table) < 200_000  # more than other bodies of `/api/` may have
+    got = client.post("/api/adapters/a/gates", json={"golden": table, "share": 0.9})
+    assert got.status_code == 200, got.text
+    assert client.post("/api/adapters/a/promote", json={"alias": "x" * 100_000}).status_code == 413
+
+
 def golden(workspace, folder: Path, digest: str, texts: list[str], wrong: int | None = None) -> None:
     """Golden examples for `a@production`: the answers of the version of that digest. wrong: place of a false one."""
     rows = []

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from turret.errors import ServeRefused
-from turret.server.auth import origins
+from turret.server.auth import READ, origins
+
+ROOT = Path(__file__).parents[2]
 
 APP, OTHER = "https://app.example", "https://other.example"
 ASKS = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
@@ -29,6 +34,13 @@ def test_a_browser_may_call_the_api_from_an_allowed_origin(serve, put, workspace
     assert client.options("/v1/classify", headers={"origin": OTHER, **ASKS}).status_code == 400
     other = client.post("/v1/classify", json=BODY, headers={"origin": OTHER, "authorization": f"Bearer {token}"})
     assert "access-control-allow-origin" not in other.headers
+
+
+def test_scripts_of_other_origins_may_read_every_header_that_the_reference_names() -> None:
+    page = (ROOT / "docs" / "reference" / "http.md").read_text("utf-8")
+    named = set(re.findall(r"`(turret-[a-z-]+)", page)) - {"turret-load-seconds"}  # of the console's own pages
+    assert {"turret-receipt", "turret-panel"} <= named
+    assert named <= set(READ)
 
 
 def test_on_a_server_without_tokens_only_an_allowed_origin_may_write(serve, put) -> None:

@@ -51,6 +51,14 @@ def test_a_streamed_answer_has_its_outcome_too(begin) -> None:
     assert told["outcomes"][0]["status"] == "counted"
 
 
+def test_the_id_in_the_body_of_a_response_is_its_receipt_too(begin) -> None:
+    client = begin(share=0.5).client()
+    got = client.post("/v1/responses", json={"model": "a", "input": "one two", "user": "ann"})
+    assert got.json()["id"] == "resp_" + got.headers["turret-receipt"]
+    told = client.post("/api/outcomes", json={"value": 1, "receipt": got.json()["id"]}).json()
+    assert told["outcomes"][0]["status"] == "counted"
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import small_models
 import torch
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from turret.adapters import detach
 from turret.data import Labelled, Pair
 from turret.engine import untrained
 from turret.engine.untrained import Question
@@ -27,19 +28,27 @@ from turret.workspace.resident import PreparedTraining
 GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
 
 
+HEADS = {"classify": ("text", "label"), "summarize": ("document", "summary")}
+
+
 def ready_in(folder: Path, family: str = "bert", kind: str = "classify", **changes: str) -> PreparedTraining:
     base = folder / family
     small_models.save_base(family, base)
-    heads = ["text", "label"] if kind == "classify" else ["document", "summary"]
+    heads = HEADS.get(kind, ("text", "stars"))
     with (folder / "table.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(heads)
         for row in range(90):
             words, answer = (GOOD if row % 2 else BAD)[row // 2 % 3], "good" if row % 2 else "bad"
-            table.writerow([f"{words} {row}. More words here.", answer if kind == "classify" else f"{words} it is"])
-    settings = (
-        {"data.test": "30", "method": "head", "train.dtype": "float32"} if kind == "classify" else {"data.test": "30"}
-    )
+            if kind in HEADS:
+                table.writerow([f"{words} {row}. More words here.", answer if kind == "classify" else f"{words} it is"])
+            else:
+                stars = row % 4  # so many good words of three
+                table.writerow([" ".join([GOOD[0]] * stars + [BAD[0]] * (3 - stars)) + f" {row}.", stars])
+    settings = {"data.test": "30"}
+    if kind != "summarize":
+        settings |= {"method": "head", "train.dtype": "float32", "task.kind": kind}
+        settings |= {"data.text": heads[0], "data.label": heads[1]}
     made = Recipe(name="table", base=str(base), data=str(folder / "table.csv")).with_overrides(settings | changes)
     return training.prepare(Store(folder / "store"), made, training.Callbacks())
 
@@ -93,6 +102,32 @@ def test_linear_takes_many_labels_and_a_class_without_training_examples(tmp_path
     train = [each for each in one.dataset.train if each.label == "good"]
     found = asked("linear", replace(one, dataset=replace(one.dataset, train=train)))
     assert set(found["answers"]) == {"good"}
+
+
+def test_linear_predicts_numbers_by_scikit_learns_ridge(tmp_path: Path) -> None:
+    ready = ready_in(tmp_path, kind="regression")
+    found = asked("linear", ready)
+    features, targets = (measure._features(ready, ready.dataset.train), ready.task.targets(ready.dataset.train).numpy())
+    scaler = StandardScaler().fit(features)
+    known = Ridge(alpha=1 / float(found["said"].rpartition(" = ")[2])).fit(scaler.transform(features), targets)
+    given = known.predict(scaler.transform(measure._features(ready, ready.dataset.test)))
+    mean, deviation = ready.task.mean, ready.task.deviation
+    assert [float(each) for each in found["answers"]] == pytest.approx(given * deviation + mean, abs=1e-4)
+    assert "ridge regression" in found["said"]
+    assert found["metrics"]["spearman"] > 0.9
+    shuffled = random.Random(0).sample(ready.dataset.train, len(ready.dataset.train))
+    mixed = [replace(a, value=b.value) for a, b in zip(ready.dataset.train, shuffled, strict=True)]
+    detach(ready.base.model)
+    control = asked("linear", replace(ready, dataset=replace(ready.dataset, train=mixed)))
+    assert control["metrics"]["spearman"] < 0.6
+
+
+def test_linear_grades_by_a_regression_for_each_level_but_the_last(tmp_path: Path) -> None:
+    ready = ready_in(tmp_path, kind="score")
+    found = asked("linear", ready)
+    assert set(found["answers"]) == {"0", "1", "2", "3"}
+    assert found["metrics"]["nearness"] > 0.85
+    assert found["parameters"]["trainable"] == 3 * (ready.base.model.config.hidden_size + 1)
 
 
 @pytest.mark.parametrize(

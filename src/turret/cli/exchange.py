@@ -139,7 +139,7 @@ def push(
     public: Annotated[bool, Option(help="Make a new repository public. Default: private.")] = False,
     merged: Annotated[bool, Option(help="The whole model with the adapter in its weights.")] = False,
     gguf: Annotated[bool, Option(help="A LoRA for llama.cpp.")] = False,
-    force: Annotated[bool, Option(help="Also replace files that turret did not write.")] = False,
+    force: Annotated[bool, Option(help="Also replace and remove files that turret did not write.")] = False,
     command: options.Command,
 ) -> None:
     """Write a stored version into a repository of the Hub, with a model card and the tokenizer.

@@ -413,13 +413,13 @@ def limit(
     tenant: Annotated[str, Argument(help="Whose trainings.", show_default=False)],
     running: Annotated[int | None, Option(help="At once; default: any number.")] = None,
     waiting: Annotated[int | None, Option(help="In the queue; default: any number.")] = None,
-    command: Annotated[options.Command, options.Without(("as_json",))],
+    command: options.Command,
 ) -> None:
-    """Set how many trainings of a tenant may run and wait. Without it, any number runs and 100 wait."""
+    """Set how many trainings of a tenant may run and wait. Without a limit, any number runs and 100 wait."""
     command.workspace.queue.limit(tenant, running=running, waiting=waiting)
-    shown = {"run": running, "wait": waiting}
-    parts = [f"{'any number' if number is None else number} may {verb}" for verb, number in shown.items()]
-    console().print(f"tenant [bold]{safe(tenant)}[/]: {', '.join(parts)}")
+    run, wait = ("any number" if number is None else number for number in (running, waiting))
+    limits = {"tenant": tenant, "running": running, "waiting": waiting}
+    command.say(limits, f"tenant [bold]{safe(tenant)}[/]: {run} may run, {wait} may wait")
 
 
 def worker(

@@ -61,7 +61,9 @@ MOST_UNIT = 1024  # characters
 
 OPEN = ("/healthz", "/readyz")  # without a token, and without limits
 JSON, FORM = "application/json", "application/x-www-form-urlencoded"  # the bodies of the API and of pages
-LARGE_BODIES = ("/v1/", "/tokenize", "/detokenize", "/api/runs", "/api/outcomes", "/playground")  # with texts or tables
+# The routes whose bodies have texts or tables: how their paths begin, and how they end.
+LARGE_BODIES = ("/v1/", "/tokenize", "/detokenize", "/api/runs", "/api/studies", "/api/outcomes", "/playground")
+LARGE_ENDINGS = ("/gates",)  # with golden examples
 # The routes whose bodies are files, which are not read before the route, and their type.
 FILES, MULTIPART = ("/v1/files", "/train", "/playground/file"), "multipart/form-data"
 
@@ -97,7 +99,7 @@ class RequestLimits:
         """The most bytes of a body, by its route."""
         if method != "POST" or path in ("/sign-in", "/sign-out"):
             return min(self.tiny_body_bytes, self.body_bytes)
-        if path.startswith(LARGE_BODIES):
+        if path.startswith(LARGE_BODIES) or path.endswith(LARGE_ENDINGS):
             return self.body_bytes
         known = path.startswith("/api/") or is_page(path)
         return min(self.small_body_bytes if known else self.tiny_body_bytes, self.body_bytes)

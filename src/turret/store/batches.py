@@ -1,6 +1,6 @@
 """Batches of requests: their state, and the answers so far. Each belongs to an owner: nobody else sees it.
 
-    validating -> in_progress -> finalizing -> completed
+    validating -> in_progress -> completed
     validating -> failed                in_progress -> cancelling -> cancelled, or expired
 
 A batch is a job (`turret.store.jobs`): one process has its lease and works on it, and every write of it checks that
@@ -38,7 +38,7 @@ from turret.store.jobs import Ended, Job, JobQueue, add_job, end_job
 if TYPE_CHECKING:
     from turret.store.core import Store
 
-State = Literal["validating", "in_progress", "finalizing", "completed", "failed", "cancelling", "cancelled", "expired"]
+State = Literal["validating", "in_progress", "completed", "failed", "cancelling", "cancelled", "expired"]
 MOST_TRIES = 3  # of a line, each lost by a server that died while it asked the line
 WHOLE_FILE = -1  # stands for the batch itself, among the lines that have lost tries
 LASTS = 24 * 3600  # seconds until a batch expires

@@ -101,11 +101,13 @@ class Score(Classify):
             logits: (B, K - 1).
             targets: level numbers (B,) int64.
         """
-        import torch
         import torch.nn.functional as F
 
-        above = targets[:, None] > torch.arange(logits.shape[1], device=logits.device)
-        return F.binary_cross_entropy_with_logits(logits.float(), above.float())
+        return F.binary_cross_entropy_with_logits(logits.float(), self._above(targets))
+
+    def linear_targets(self, examples: Sequence[Example]) -> Tensor:
+        """One where the level is above level k: (B, K - 1) float32."""
+        return self._above(self.targets(examples))
 
     def guessing_loss(self, examples: Sequence[Example]) -> float:
         """The loss of the shares of examples above each level."""
@@ -114,6 +116,11 @@ class Score(Classify):
         levels = self.targets(examples)
         shares = torch.stack([(levels > k).double().mean() for k in range(len(self.labels) - 1)])
         return float((torch.special.entr(shares) + torch.special.entr(1 - shares)).mean())
+
+    def _above(self, targets: Tensor) -> Tensor:
+        import torch
+
+        return (targets[:, None] > torch.arange(len(self.labels) - 1, device=targets.device)).float()
 
     def class_scores(self, logits: Tensor) -> Tensor:
         """log P(level): (B, K) float64. logits: (B, K - 1)."""

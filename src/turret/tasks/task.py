@@ -393,6 +393,10 @@ class Task(Protocol):
         """What `loss` takes for these examples: (B, ...), or of all tokens that are read (N,)."""
         raise _no_head(self)
 
+    def linear_targets(self, examples: Sequence[Example]) -> Tensor:
+        """What the baseline `linear` fits: class numbers, numbers (B,) float32, or ones and zeros for each output."""
+        return self.targets(examples)
+
     def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[Answer]:
         """One answer for each input. logits: (B, num_labels), or of all tokens that are read (N, num_labels)."""
         raise _no_head(self)

@@ -440,7 +440,7 @@ def push(
     Files that another export wrote there are removed.
 
     Args:
-        force: also replace files that turret did not write.
+        force: also replace and remove files that turret did not write, if an export could write their names.
 
     Raises:
         HubError: the Hub cannot be reached or refuses, or the repository holds something else.

@@ -123,7 +123,7 @@ def baseline(kind: str, ready: PreparedTraining, say: Say) -> JsonObject:
 
 
 def linear(ready: PreparedTraining, say: Say) -> JsonObject:
-    """scikit-learn's logistic regression on the mean of the frozen base's last hidden states.
+    """scikit-learn's logistic or ridge regression on the mean of the frozen base's last hidden states.
 
     The mean is how embeddings are usually made, and predicts more than the token that a head reads. Cross-validation on
     the training split chooses the strength of the regularisation.
@@ -133,11 +133,12 @@ def linear(ready: PreparedTraining, say: Say) -> JsonObject:
     attach(ready.recipe, ready.base, task)
     say(f"computing the features of {len(train) + len(test)} texts once")
     known = _features(ready, train)
-    say("fitting the logistic regression")
+    say("fitting the regression")
     scale = known.std(0)
     middle, scale = known.mean(0), np.where(scale > 0, scale, 1.0)
-    targets, weights = task.targets(train).numpy(), task.spec().get("class_weights") or {}
-    by_class = [float(weights.get(label, 1.0)) for label in task.labels]
+    targets, weights = task.linear_targets(train).numpy(), task.spec().get("class_weights") or {}
+    outputs = task.num_labels(task.labels) or 1
+    by_class = [float(weights.get(label, 1.0)) for label in task.labels[:outputs]]
     strength = _strength((known - middle) / scale, targets, by_class)
     fitted = _regression((known - middle) / scale, targets, by_class, strength)
     seconds = time.perf_counter() - started
@@ -148,7 +149,8 @@ def linear(ready: PreparedTraining, say: Say) -> JsonObject:
     found = logits(test)
     metrics, answers = task.judge(found, test)
     result = _score_predictions(task, test, [task.prediction_of(each) for each in answers], metrics)
-    count = (known.shape[1] + 1) * len(task.labels)
+    count = (known.shape[1] + 1) * outputs
+    name = "ridge" if _are_numbers(targets) else "logistic"
     return (
         of_no_version(ready)
         | result
@@ -156,7 +158,7 @@ def linear(ready: PreparedTraining, say: Say) -> JsonObject:
             "parameters": {"trainable": count, "stored": count, "total": quantized.count(ready.base.model)},
             "timing": {"train_seconds": seconds},
             "latency": _time_answers(test[:TIMED_LABELS], lambda example: logits([example])),
-            "said": "linear is scikit-learn's logistic regression on the mean of the frozen base's last hidden states; "
+            "said": f"linear is scikit-learn's {name} regression on the mean of the frozen base's last hidden states; "
             f"cross-validation on the training split chose C = {strength:g}",
             "seedless": True,
         }
@@ -181,11 +183,15 @@ def _regression(z: Floats, targets: Floats, by_class: Sequence[float], strength:
     """The function from standardised features (N, D) to logits (N, C) that scikit-learn fits.
 
     Args:
-        targets: class numbers (N,), or ones and zeros (N, C) of any number of labels: then one regression for each.
+        targets: class numbers (N,), ones and zeros (N, C): then one regression for each, or numbers (N,) float32: C = 1.
         by_class: the weight of each class in the loss: (C,).
         strength: of the fit, C: the inverse of the regularisation.
     """
-    from sklearn.linear_model import LogisticRegression
+    from sklearn.linear_model import LogisticRegression, Ridge
+
+    if _are_numbers(targets):
+        ridge = Ridge(alpha=1 / strength).fit(z, targets[:, None])
+        return lambda rows: np.reshape(ridge.predict(rows), (-1, 1))
 
     def fitted(wanted: Floats, weights: dict[int, float]) -> LogisticRegression:
         return LogisticRegression(C=strength, class_weight=weights, max_iter=MOST_ITERATIONS).fit(z, wanted)
@@ -220,6 +226,11 @@ def _regression(z: Floats, targets: Floats, by_class: Sequence[float], strength:
     return labels
 
 
+def _are_numbers(targets: Floats) -> bool:
+    """Whether these are numbers to be predicted, not classes."""
+    return targets.ndim == 1 and targets.dtype.kind == "f"
+
+
 def _strength(z: Floats, targets: Floats, by_class: Sequence[float]) -> float:
     """The C with the highest cross-validated likelihood, the smallest if several have it."""
     folds = np.random.default_rng(0).permutation(len(z)) % min(FOLDS, len(z))
@@ -228,7 +239,9 @@ def _strength(z: Floats, targets: Floats, by_class: Sequence[float]) -> float:
         out = folds == fold
         for strength in STRENGTHS:
             given, true = _regression(z[~out], targets[~out], by_class, strength)(z[out]), targets[out]
-            if targets.ndim == 1:
+            if _are_numbers(targets):
+                likelihood[strength] -= float(np.square(given[:, 0] - true).sum())
+            elif targets.ndim == 1:
                 likelihood[strength] += float(given[np.arange(len(true)), true].sum())
             else:
                 likelihood[strength] -= float(np.logaddexp(0, np.where(true > 0, -given, given)).sum())

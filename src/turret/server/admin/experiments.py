@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from fastapi import Body, Path, Query
@@ -19,7 +20,7 @@ from turret.workspace.experimenting import ExperimentStatus
 
 outcomes, control = router("infer or admin"), router("admin")
 Name = Annotated[AdapterName, Path(description="Of the adapter.")]
-PREFIXES = ("cmpl-", "chatcmpl-", "classify-", "decision-")  # of a receipt, in the id of a body
+KIND = re.compile(r"[a-z]+[-_](?=[0-9a-f]{8}-)")  # in front of a receipt, in the id of a body: `chatcmpl-`, `resp_`
 
 
 Value = bool | Annotated[float, Field(ge=-1e15, le=1e15)]
@@ -86,10 +87,8 @@ async def tell(body: Annotated[Told, Body()], view: View) -> Outcomes:
 def _told_outcome(outcome: Outcome) -> ToldOutcome:
     if isinstance(outcome, OutcomeOfUnit):
         return ToldOutcome(outcome.value, unit=outcome.unit, adapter=outcome.adapter)
-    receipt = outcome.receipt
-    for prefix in PREFIXES:
-        receipt = receipt.removeprefix(prefix)
-    return ToldOutcome(outcome.value, receipt=receipt)
+    kind = KIND.match(outcome.receipt)
+    return ToldOutcome(outcome.value, receipt=outcome.receipt[kind.end() if kind else 0 :])
 
 
 @control.get("/api/experiments")

@@ -602,7 +602,7 @@ class SystemRequest(Model):
     questions: Annotated[dict[QuestionName, SystemQuestion], Field(min_length=1, max_length=MOST_QUESTIONS)]
     prior: bool = Field(False, description=PRIOR)
     user: User | None = Field(None, description=USER)
-    instructions: Text | None = Field(None, description=UNREAD)
+    instructions: Text | None = Field(None, description=NO_EFFECT)
     chat_template_kwargs: JsonObject | None = Field(None, description=NO_EFFECT)
     cache_salt: Annotated[str, Field(max_length=1024)] | None = Field(None, description=NO_EFFECT)
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31), WHOLE] | None = Field(None, description=NO_EFFECT)
