@@ -288,7 +288,7 @@ def measure(job: Job, seed: int, options: argparse.Namespace) -> None:
     if job.method == LINEAR:
         metrics, answers = regression(recipe, base, task, data)
     else:
-        recipe = trainer.filled(recipe, base, task.kind, len(trainer.splits_of(recipe, data).train))
+        recipe = trainer.fill_recipe(recipe, base, task.kind, len(trainer.splits_of(recipe, data).train))
         steps = list(trainer.fit(recipe, base, task, data))
     seconds = time.perf_counter() - started
     if steps:

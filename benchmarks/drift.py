@@ -31,7 +31,7 @@ import record
 from defaults import SETS
 from numpy.typing import NDArray
 
-from turret.experiments.input_drift import MOST_TOKENS, InputTest, distinct, needed_e_value
+from turret.experiments.input_drift import MOST_TOKENS, InputTest, distinct_vectors, needed_e_value
 
 NAME = "drift"
 CLAIM = "texts like the examples warn in at most the stated share, and a change is noticed soon"
@@ -106,7 +106,7 @@ def embeddings(name: str, options: argparse.Namespace) -> tuple[Floats, NDArray[
         np.savez(kept, vectors=vectors, labels=np.array([label for _, label in rows]))
     with np.load(kept) as found:
         vectors, labels = found["vectors"].astype(np.float64), found["labels"]
-    different = distinct(vectors, len(vectors))  # no text twice, but for a space
+    different = distinct_vectors(vectors, len(vectors))  # no text twice, but for a space
     places = {row.tobytes(): place for place, row in enumerate(vectors)}
     return different, labels[[places[row.tobytes()] for row in different]]
 

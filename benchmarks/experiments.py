@@ -37,7 +37,7 @@ from scipy.stats import norm
 from turret.compare.verdict import judge
 from turret.experiments import analyze, evidence, validity
 from turret.experiments.evidence import OutcomeTally
-from turret.experiments.experiment import MISSING_BOUND, lasting
+from turret.experiments.experiment import MISSING_BOUND, duration_text
 from turret.experiments.guarding import Watch
 from turret.experiments.validity import SampleRatio
 from turret.statistics import EProcess
@@ -425,7 +425,7 @@ def guarded() -> str:
         early = sum(second is not None and second < 1 for second in run["seconds"])
         gone = len(after) / len(run["seconds"])
         median, most = (f"{after[int(part * len(after))]} s" if after else "" for part in (0.5, 0.95))
-        begins = lasting(float(run["begins"]))
+        begins = duration_text(float(run["begins"]))
         rows.append([rates, run["who"], begins, f"{run['share']:.0%}", run["rate"], len(run["seconds"])])
         rows[-1] += [early, f"{gone:.0%}", median, most]
     header = [

@@ -112,10 +112,10 @@ def _training(
     from turret.data.dataset import read_dataset
     from turret.engine import OptimStep
     from turret.tasks import make_task, schemas
-    from turret.train import filled
+    from turret.train import fill_recipe
     from turret.train.batches import splits_of
     from turret.train.loop import TrainingRun
-    from turret.train.step import loss_of
+    from turret.train.losses import loss_of
 
     errand = sides.Errand(
         job=job, side=sides.TURRET, source=_source(job, folder), seed=options.seed, steps=STEPS[job],
@@ -125,7 +125,7 @@ def _training(
     dataset = read_dataset(recipe.data, schemas(recipe.task), recipe.seed)
     base = sides._base(recipe, dataset)
     task = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
-    recipe = filled(recipe, base, task.kind, len(splits_of(recipe, dataset).train))
+    recipe = fill_recipe(recipe, base, task.kind, len(splits_of(recipe, dataset).train))
     run = TrainingRun(recipe, base, task, dataset, None)
     batches = [batch for _, batch in run.remaining()]
 

@@ -81,7 +81,7 @@ def measure(name: str, lr: float, options: argparse.Namespace) -> None:
     dataset, asked = read_dataset(recipe.data, schemas(recipe.task), recipe.split_seed), task_of(job.kind)
     base = bases.load(job.base, task=asked.request, num_labels=asked.num_labels(dataset.labels), seed=recipe.seed)
     task = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
-    recipe = trainer.filled(recipe, base, task.kind, len(trainer.splits_of(recipe, dataset).train))
+    recipe = trainer.fill_recipe(recipe, base, task.kind, len(trainer.splits_of(recipe, dataset).train))
     started, steps = time.perf_counter(), list(trainer.fit(recipe, base, task, dataset))
     seconds = time.perf_counter() - started
     metrics, _ = trainer.evaluate(base.model, task, dataset.validation)

@@ -90,10 +90,10 @@ def measured(side: str, seed: int, threads: int) -> dict[str, Any]:
     kept = recipe.base_quantization or "none"
     base = bases.load(BASE, task="generate", dtype="bfloat16", seed=seed, quantization=kept)
     task = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
-    process.release()
-    before = memory.resident()
+    process.release_memory()
+    before = memory.resident_bytes()
     records: list[Any] = []
-    recipe = trainer.filled(recipe, base, task.kind, len(trainer.splits_of(recipe, dataset).train))
+    recipe = trainer.fill_recipe(recipe, base, task.kind, len(trainer.splits_of(recipe, dataset).train))
     steps = trainer.fit(recipe, base, task, dataset)
     while True:
         try:

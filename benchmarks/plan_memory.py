@@ -92,9 +92,9 @@ def measured(case: str, threads: int) -> dict[str, Any]:
             seed=recipe.seed,
         )
     task: Any = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
-    process.release()
-    before = memory.resident()
-    recipe = train.filled(recipe, base, task.kind, len(train.splits_of(recipe, dataset).train))
+    process.release_memory()
+    before = memory.resident_bytes()
+    recipe = train.fill_recipe(recipe, base, task.kind, len(train.splits_of(recipe, dataset).train))
     plan = train.plan(recipe, base, task, dataset)
     plan.require()
     with tempfile.TemporaryDirectory() as checkpoint:

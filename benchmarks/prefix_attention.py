@@ -34,7 +34,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
     method, rate = SIDES[name]
     job = defaults.Job("snippets", defaults.LARGE, method, (("lr", rate), ("epochs", 3), ("max_steps", LOOKED_AT[-1])))
     recipe, base, task, data = defaults.ready(job, options.seed, options.data)
-    recipe = trainer.filled(recipe, base, task.kind, len(trainer.splits_of(recipe, data).train))
+    recipe = trainer.fill_recipe(recipe, base, task.kind, len(trainer.splits_of(recipe, data).train))
     rows = [each.ids for each in task.encode_sources([example.text for example in data.validation[:TEXTS]])]
     looks, losses = [], []
     for step in trainer.fit(recipe, base, task, data):

@@ -59,7 +59,7 @@ def measure(dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
     kind = getattr(torch, dtype)
     ops = kernels.library(kind)
-    few = 0 if ops is None else ops.few()
+    few = 0 if ops is None else ops.few
     rows = []
     for tokens in TOKENS:
         for d_in, d_out in SHAPES:

@@ -38,7 +38,7 @@ from defaults import SETS
 from numpy.typing import NDArray
 
 from turret.experiments.experiment import MISSING_BOUND
-from turret.experiments.risk_control import Bound, Watch, choose, standing
+from turret.experiments.risk_control import Bound, Watch, choose_threshold, promise_state
 
 NAME = "promises"
 CLAIM = "a promise is broken in at most the stated share, a shift is noticed, and missing outcomes fool nobody"
@@ -144,7 +144,7 @@ def choices(
     for _ in range(runs):
         drawn = generator.integers(0, len(given), HELD)
         own = [given[each] for each in drawn], [right[each] for each in drawn], probability[drawn]
-        found = choose(bound, *own)
+        found = choose_threshold(bound, *own)
         thresholds.append(found.threshold)
         shares.append(0.0 if found.threshold is None else float((probability >= found.threshold).mean()))
         broken += found.threshold is not None and risk(found.threshold) > bound.error
@@ -220,7 +220,7 @@ def _alarm(bound: Bound, wrong: Bools) -> int | None:
 
 
 def _state(bound: Bound, wrong: Bools, missing: float, missing_bound: float) -> str:
-    return standing(Watch(bound, missing_bound).after(wrong), silent=missing, missing=missing).state
+    return promise_state(Watch(bound, missing_bound).after(wrong), silent=missing, missing=missing).state
 
 
 def _count(counts: dict[str, int], state: str) -> None:

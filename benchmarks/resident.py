@@ -174,7 +174,7 @@ def slot_need(name: str, path: Path) -> dict[str, float]:
     import torch
 
     from turret import Recipe, adapters, bases, process
-    from turret.bases.base import share
+    from turret.bases.base import share_weights
     from turret.engine import OptimStep
     from turret.train.adamw import AdamW
 
@@ -182,20 +182,22 @@ def slot_need(name: str, path: Path) -> dict[str, float]:
     base, kept = bases.load(name, task=task, num_labels=None, dtype="auto"), []
 
     def add() -> int:
-        model = share(base, num_labels=2 if task == "classify" else None).model
+        model = share_weights(base, num_labels=2 if task == "classify" else None).model
         adapters.attach(model, recipe.method, generator=torch.Generator().manual_seed(0))
         trained = adapters.trainable_parameters(model)
         optimiser = AdamW(trained)
         optimiser.step(OptimStep(0.0))  # memory that nobody has written to is not counted
-        kept.append((model, optimiser, share(base) if task == "generate" else None))  # the last is asked for texts
+        kept.append(
+            (model, optimiser, share_weights(base) if task == "generate" else None)
+        )  # the last is asked for texts
         return sum(each.numel() for each in trained.values())
 
     add()
-    process.release()
+    process.release_memory()
     before, trainable = _own_bytes(os.getpid()), 0
     for _ in range(SLOTS_MEASURED):
         trainable = add()
-    process.release()
+    process.release_memory()
     need = (_own_bytes(os.getpid()) - before) / SLOTS_MEASURED
     return {"trained_bytes": 16 * trainable, "slot_bytes": need}
 

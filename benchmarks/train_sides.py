@@ -230,7 +230,7 @@ def _resident(model: Any) -> int:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.sum()
-    return memory.resident()
+    return memory.resident_bytes()
 
 
 def _library_bytes() -> int:
@@ -292,7 +292,7 @@ def ours(errand: Errand, turns: Turns) -> dict[str, Any]:
     base = _base(recipe, dataset)
     task: Any = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
     facts = _facts(base.model, _batches(recipe, EncodedRows(task, dataset.train)))
-    recipe = train.filled(recipe, base, task.kind, len(train.splits_of(recipe, dataset).train))
+    recipe = train.fill_recipe(recipe, base, task.kind, len(train.splits_of(recipe, dataset).train))
     plan = train.plan(recipe, base, task, dataset)
     plan.require()
     curve: list[list[float]] = []

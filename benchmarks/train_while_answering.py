@@ -50,13 +50,13 @@ def main() -> None:
 def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     """All settings on one base, one after another."""
     from turret import bases
-    from turret.bases.base import share
+    from turret.bases.base import share_weights
     from turret.engine import Engine, Limits
 
     task = "classify" if side == "encoder" else "generate"
     base = bases.load(BASES[side], task=task)
     shelf = Shelf()
-    shelf.adapters = adapters(share(base, num_labels=5 if side == "encoder" else None).model, task, 4)
+    shelf.adapters = adapters(share_weights(base, num_labels=5 if side == "encoder" else None).model, task, 4)
     rows = []
     for percent in SETTINGS:
         with Engine(base, shelf, Limits(train_percent=percent or 50)) as engine:

@@ -20,7 +20,7 @@ import torch
 from turret import bases
 from turret.bases.device import CPU, ChosenDevice
 from turret.bases.sharded import gather_once, load_in_parts, own_part
-from turret.cli.output import complain
+from turret.cli.output import print_error
 from turret.errors import TurretError
 from turret.recipe import Recipe
 from turret.train import distributed, memory
@@ -72,7 +72,7 @@ def load(folder: Path, here: Processes) -> None:
 
     def grown(make: Any) -> tuple[Any, int]:
         memory.reset_peak()
-        before = memory.resident()
+        before = memory.resident_bytes()
         return make(), memory.peak() - before
 
     device, mesh = ChosenDevice(CPU, "as asked for"), distributed.mesh()
@@ -109,5 +109,5 @@ if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]), *sys.argv[2:])
     except TurretError as error:
-        complain(str(error))
+        print_error(str(error))
         sys.exit(error.exit_status)

@@ -21,7 +21,9 @@ needed = pytest.mark.skipif(COMPILER is None, reason="no C compiler on this mach
 
 def compiled(dtype: torch.dtype = torch.float32) -> CpuOps:
     found = kernels.library(dtype)
-    assert found is not None, kernels.why()  # a machine with a compiler has kernels; this is no reason to skip
+    assert found is not None, (
+        kernels.kernel_status()
+    )  # a machine with a compiler has kernels; this is no reason to skip
     return found
 
 

@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from turret import quantized
 from turret.ops import core
-from turret.ops.core import REFERENCE, attention_by_rows, visible
+from turret.ops.core import REFERENCE, attention_by_rows, visible_keys
 from turret.ops.gpu import ops as gpu_ops
 from turret.ops.structs import AttentionRows, DropoutArguments, RMSNorm
 
@@ -239,7 +239,7 @@ def _flash_backward(
         queries, own = (each[here].float().transpose(0, 1) for each in (q, dy))  # (H, T, D)
         keys, values = (each[there].float().repeat_interleave(groups, 1).transpose(0, 1) for each in (k, v))
         scores = rows.scaling * queries @ keys.mT
-        P = scores.masked_fill(~visible(rows, T, S), -torch.inf).softmax(-1)  # (H, T, S)
+        P = scores.masked_fill(~visible_keys(rows, T, S), -torch.inf).softmax(-1)  # (H, T, S)
         dP = own @ values.mT
         dS = rows.scaling * P * (dP - (dP * P).sum(-1, keepdim=True))
         dq[here] = (dS @ keys).transpose(0, 1)

@@ -19,7 +19,7 @@ import torch
 from tiny_training import fit
 
 from turret import adapters
-from turret.cli.output import complain
+from turret.cli.output import print_error
 from turret.errors import DataError, TurretError
 from turret.train import distributed
 
@@ -111,5 +111,5 @@ if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]))
     except TurretError as error:
-        complain(str(error))
+        print_error(str(error))
         sys.exit(error.exit_status)

@@ -16,7 +16,7 @@ from syntax import module_of
 from turret.cli.main import app
 from turret.families import FAMILIES
 from turret.methods import Full, Head, LoRA, Peft, Prefix
-from turret.recipe import keys, presets
+from turret.recipe import presets, recipe_keys
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -113,7 +113,7 @@ def test_the_reference_has_every_verb_of_an_experiment_with_every_option() -> No
 
 
 def test_the_reference_has_every_key_of_a_recipe() -> None:
-    for key in keys():
+    for key in recipe_keys():
         if not key.startswith("method."):
             name, _, leaf = key.rpartition(".")
             text = section("docs/reference/recipe.md", f"`[{name}]`" if name else "The recipe itself")
@@ -135,7 +135,7 @@ def test_the_reference_has_every_key_of_every_method_with_its_default(method: ty
 
 def test_the_reference_has_every_default_of_a_recipe() -> None:
     text = page("docs/reference/recipe.md").replace("`", "")
-    for key, default in keys().items():
+    for key, default in recipe_keys().items():
         if isinstance(default, (bool, int, float, str)) and not key.startswith("method."):
             leaf = key.rpartition(".")[2]
             shown = str(default).lower() if isinstance(default, bool) else default

@@ -30,9 +30,9 @@ with shelf.engine() as engine:
 with process.keep_freed():
     faults()
     steps = faults()
-held = memory.resident()
-process.release()
-print(before, passes, steps, held - memory.resident())
+held = memory.resident_bytes()
+process.release_memory()
+print(before, passes, steps, held - memory.resident_bytes())
 """  # page faults while 24 MB are allocated and freed repeatedly
 
 
@@ -54,7 +54,7 @@ THREADS = """
 import threading
 import numpy
 from turret import process
-process.share()
+process.use_one_heap()
 trim = process.Trim()
 def work():
     kept = [numpy.ones(1 << 20, numpy.uint8) for _ in range(96)]
@@ -91,10 +91,10 @@ def faults():
 with process.keep_freed():
     with process.keep_freed():
         faults()
-    process.release()
+    process.release_memory()
     faults()
     print(faults())
-process.release()
+process.release_memory()
 faults()
 print(faults())
 """  # an engine's thread, in which a training begins and ends

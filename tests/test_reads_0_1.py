@@ -15,7 +15,7 @@ import torch
 from turret import Recipe, Workspace, adapters, bases, bundles
 from turret.engine.request import SamplingParams
 from turret.errors import GateFailed
-from turret.store.access_tokens import which
+from turret.store.access_tokens import token_with_secret
 from turret.train.curve import StepRecord
 
 FIXTURE = Path(__file__).parent / "fixtures" / "v0_1"
@@ -127,7 +127,7 @@ def test_a_deleted_number_is_not_given_again(workspace: Workspace) -> None:
 
 def test_tokens_are_known_by_their_secrets(workspace: Workspace) -> None:
     known = workspace.tokens.list()
-    found = {name: which(known, secret) for name, secret in EXPECTED["tokens"].items()}
+    found = {name: token_with_secret(known, secret) for name, secret in EXPECTED["tokens"].items()}
     assert {name: token and token.name for name, token in found.items()} == {name: name for name in found}
     assert (found["gone"] and found["gone"].revoked) is not None
     assert (found["asker"] and found["asker"].requests_per_minute) == 600
@@ -237,7 +237,7 @@ def test_a_dumped_catalog_and_its_files_are_a_store(folder: Path, postgres_serve
         assert {str(each): each.digest for each in workspace.list()} == expected["versions"]
         assert workspace.verify().ok
         assert str(workspace.resolve("reviews@production")) == expected["production"]
-        token = which(workspace.tokens.list(), expected["token"])
+        token = token_with_secret(workspace.tokens.list(), expected["token"])
         assert token is not None
         arms = workspace.experiment("reviews").status().as_json()["arms"]
         assert {arm["arm"]: {"units": arm["units"], "outcomes": arm["outcomes"]} for arm in arms} == expected["counts"]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from turret.errors import RecipeError
 from turret.methods import Full, LoRA, Prefix
-from turret.recipe import Data, Recipe, Task, Train, keys, name_from, preset_text, presets
+from turret.recipe import Data, Recipe, Task, Train, name_from, preset_text, presets, recipe_keys
 
 
 def recipe(**parts: Any) -> Recipe:
@@ -347,7 +347,7 @@ def test_a_wrong_override_is_one_line(key: str, given: str, said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@given(st.sampled_from(sorted(keys())), st.text(string.printable, max_size=12))
+@given(st.sampled_from(sorted(recipe_keys())), st.text(string.printable, max_size=12))
 def test_any_override_of_any_key_is_applied_or_is_one_line(key: str, given_text: str) -> None:
     said = ""
     changed = recipe()

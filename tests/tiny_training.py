@@ -124,7 +124,7 @@ def started(on: Base, kind: Any = "classify", **overrides: Any) -> tuple[Any, An
 
 def filled(made: Recipe, on: Any, task: Any, data: Dataset) -> Recipe:
     """The recipe with its defaults, as the functions of `turret.train` take it."""
-    return trainer.filled(made, on, task.kind, len(splits_of(made, data).train))
+    return trainer.fill_recipe(made, on, task.kind, len(splits_of(made, data).train))
 
 
 def fit(made: Recipe, on: Any, task: Any, data: Dataset, **how: Any) -> Generator[StepRecord, None, Fitted]:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, ParamSpec, TypeVar, get_args, get_origin, is_typeddict
 
-from turret.errors import BadArgument, shown
+from turret.errors import BadArgument, quote
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -82,7 +82,7 @@ def check_arguments(function: Callable[P, T]) -> Callable[P, T]:
             raise BadArgument(f"{name}: {error}: {_remedy(names, signature)}") from None
         for key, value in bound.arguments.items():
             if isinstance(value, str) and "\0" in value and "Path" in types.get(key, ()):
-                raise BadArgument(f"{name}: {key}: no path has the character NUL, given {shown(value)}: leave it out")
+                raise BadArgument(f"{name}: {key}: no path has the character NUL, given {quote(value)}: leave it out")
             if key in types and not _fits_one(value, types[key]):
                 words = " or ".join(dict.fromkeys(map(_in_words, types[key])))
                 made = ": make one of data with turret.Recipe(data=...)" if words == "a Recipe" else ""
@@ -120,8 +120,8 @@ def _remedy(given: Iterable[str], signature: inspect.Signature) -> str:
 
 def _describe_value(value: object) -> str:
     if isinstance(value, (list, tuple)) and value:
-        return f"{shown(value, 40)} of {' and '.join(sorted({type(each).__name__ for each in value})[:3])}"
-    return shown(value) if value is None or isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+        return f"{quote(value, 40)} of {' and '.join(sorted({type(each).__name__ for each in value})[:3])}"
+    return quote(value) if value is None or isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
 
 
 def _alternatives(annotation: str) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ import httpx2
 
 from turret import errors
 from turret.arguments import checked_methods
-from turret.errors import RequestError, TurretError, shown
+from turret.errors import RequestError, TurretError, quote
 from turret.json_types import JsonMapping, JsonObject, JsonValue, Plain
 
 Messages = Sequence[JsonMapping]
@@ -178,8 +178,7 @@ class AsyncClient:
         asked = [{"instructions": "", **each} for each in questions]
         given = text if isinstance(text, str) else [dict(each) for each in text]
         body = {"model": model, "input": given, "questions": asked, **_user(unit)}
-        found: JsonMapping = (await self._send("POST", "/v1/decisions", body)).json()
-        return found
+        return (await self._send("POST", "/v1/decisions", body)).json()
 
     async def complete(
         self,
@@ -404,8 +403,7 @@ class AsyncClient:
     async def _json(
         self, method: str, path: str, body: Plain = None, *, query: Mapping[str, str] | None = None
     ) -> JsonObject:
-        value: JsonObject = (await self._send(method, path, body, query)).json()
-        return value
+        return (await self._send(method, path, body, query)).json()
 
     async def _send(
         self,
@@ -433,7 +431,7 @@ class AsyncClient:
                 error, wait = _error(response), _retry_after(method, response)
             except (httpx2.InvalidURL, TypeError, ValueError) as failure:  # of the name, or of a value that is not JSON
                 raise RequestError(
-                    f"{shown(path)} cannot be asked ({failure}): correct the name, or the value"
+                    f"{quote(path)} cannot be asked ({failure}): correct the name, or the value"
                 ) from None
             except httpx2.HTTPError as failure:
                 error = _unreachable(url, failure)

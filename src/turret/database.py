@@ -735,8 +735,7 @@ def upsert(
 def _schema_of(connection: Connection) -> str | None:
     if not inspect(connection).has_table("alembic_version"):
         return None
-    found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-    return found
+    return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
 
 
 def _migrate(connection: Connection) -> None:
@@ -798,8 +797,7 @@ KEPT = 1024  # accesses whose conditions are kept
 
 def access_of(connection: Connection) -> Access:
     """The access of a connection. Raises KeyError for a connection that `Database` did not give out."""
-    found: Access = connection.get_execution_options()[ACCESS]
-    return found
+    return connection.get_execution_options()[ACCESS]
 
 
 def see_as(connection: Connection, access: Access) -> None:

@@ -62,7 +62,7 @@ from contextlib import contextmanager
 LINE = 300  # characters of the line that the command line prints for an error
 
 
-def plainly(text: str) -> str:
+def printable(text: str) -> str:
     """A text with its control characters replaced, so that it cannot move the cursor or change colours."""
     return "".join(c if c.isprintable() else " " for c in text)
 
@@ -74,13 +74,13 @@ def one_line(text: str, most: int = LINE) -> str:
     """
     if len(text) > 20 * most:
         text = f"{text[: 10 * most]} {text[-10 * most :]}"
-    line = " ".join(plainly(text).split())
+    line = " ".join(printable(text).split())
     if len(line) > most:
         line = " ".join(_cut(word, 80) for word in line.split(" "))
     return _cut(line, most)
 
 
-def shown(value: object, most: int = 60) -> str:  # object: every value has a repr
+def quote(value: object, most: int = 60) -> str:  # object: every value has a repr
     """Format any value for an error: its `repr` on one line, shortened in the middle to `most` characters."""
     try:
         return one_line(repr(value), most)
@@ -89,7 +89,7 @@ def shown(value: object, most: int = 60) -> str:  # object: every value has a re
 
 
 @contextmanager
-def needs(what: str, package: str, remedy: str, kind: type[TurretError]) -> Iterator[None]:
+def require_package(what: str, package: str, remedy: str, kind: type[TurretError]) -> Iterator[None]:
     """Turn an ImportError of the block into an error of this kind.
 
     Args:
@@ -102,24 +102,24 @@ def needs(what: str, package: str, remedy: str, kind: type[TurretError]) -> Iter
         raise kind(f"{what} needs {package} ({error}): {remedy}") from None
 
 
-def listed(values: Iterable[str], most: int = 100) -> str:
+def quote_all(values: Iterable[str], most: int = 100) -> str:
     """Quote names and join them with commas, as many as fit in `most` characters, then count the rest."""
     names, line = list(values), ""
     for place, name in enumerate(names):
-        longer = f"{line}, {shown(name, 40)}" if line else shown(name, 40)
+        longer = f"{line}, {quote(name, 40)}" if line else quote(name, 40)
         if place and len(longer) > most:
             return f"{line} and {len(names) - place} more"
         line = longer
     return line or "none"
 
 
-def counted(count: int, noun: str, verb: str = "") -> str:
+def count_of(count: int, noun: str, verb: str = "") -> str:
     """A number with its noun, in the plural unless it is 1, and with `is` or `are`: `1 row is`, `2 rows are`."""
     words = f"{count} {noun}" if count == 1 else f"{count} {noun}s"
     return f"{words} {'is' if count == 1 else 'are'} {verb}" if verb else words
 
 
-def joined(sentences: Sequence[str], most: int = 230) -> str:
+def join_sentences(sentences: Sequence[str], most: int = 230) -> str:
     """Join the first sentences up to `most` characters, and say how many more there are."""
     line = one_line(sentences[0], most)
     for place, sentence in enumerate(sentences[1:], 1):

@@ -174,16 +174,18 @@ def check_config(config: AdapterConfig, computed: Collection[str] = ()) -> None:
     for key, allowed in NEUTRAL.items():
         if key not in computed and config.get(key) not in allowed:
             raise BundleError(
-                f"adapter_config.json sets {key} to {shortly(config[key])}, which is not supported: merge it first"
+                f"adapter_config.json sets {key} to {short_ascii(config[key])}, which is not supported: merge it first"
             )
     if config.get("init_lora_weights") not in KEPT_BASE:
         raise BundleError(
-            f"adapter_config.json has init_lora_weights {shortly(config['init_lora_weights'])}, which changes the "
+            f"adapter_config.json has init_lora_weights {short_ascii(config['init_lora_weights'])}, which changes the "
             "base's weights: save it with PEFT's path_initial_model_for_weight_conversion, or merge it first"
         )
     for key, value in config.items():
         if key not in REDUNDANT and key not in NEUTRAL and value not in (None, False, {}, []):
-            raise BundleError(f"adapter_config.json has an unknown key {shortly(key)}: remove it, or merge it first")
+            raise BundleError(
+                f"adapter_config.json has an unknown key {short_ascii(key)}: remove it, or merge it first"
+            )
 
 
 def refuse_code(config: AdapterConfig) -> None:
@@ -200,12 +202,12 @@ def check_agreement(config: AdapterConfig, expected: AdapterConfig) -> None:
     for key, value in expected.items():
         if config.get(key) != value:
             raise BundleError(
-                f"adapter_config.json and manifest.json disagree on {key} ({shortly(config.get(key))} and "
-                f"{shortly(value)}): export it again"
+                f"adapter_config.json and manifest.json disagree on {key} ({short_ascii(config.get(key))} and "
+                f"{short_ascii(value)}): export it again"
             )
 
 
-def shortly(value: Plain) -> str:
+def short_ascii(value: Plain) -> str:
     """The value in ASCII, short enough for an error."""
     shown = ascii(value)
     return shown if len(shown) <= 60 else f"{shown[:56]}…"

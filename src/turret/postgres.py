@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy import Connection, Engine, create_engine
 
-from turret.errors import StoreError, needs
+from turret.errors import StoreError, require_package
 
 if TYPE_CHECKING:
     import psycopg
@@ -280,7 +280,7 @@ def _connection_class() -> type[psycopg.Connection[TupleRow]]:
                         raise psycopg.OperationalError(f"the server is silent for {seconds:.0f} seconds")
                     wait_for = gen.send(ready)
             except StopIteration as ended:
-                return ended.value  # type: ignore[no-any-return]  # typeshed's StopIteration is not generic
+                return ended.value
 
     return TimedConnection
 
@@ -292,5 +292,5 @@ def _close(engine: Engine, process: int) -> None:
 
 
 def _require_psycopg(store: str) -> None:
-    with needs(f"store {store}: PostgreSQL", "psycopg", "pip install 'turret[postgres]'", StoreError):
+    with require_package(f"store {store}: PostgreSQL", "psycopg", "pip install 'turret[postgres]'", StoreError):
         import psycopg  # noqa: F401

@@ -115,7 +115,7 @@ def keep_freed() -> Iterator[None]:
                 option(_TRIM_THRESHOLD, 2 * _LARGEST_MMAP_THRESHOLD)  # glibc's own after large blocks were freed
 
 
-def release() -> None:
+def release_memory() -> None:
     """Return free memory to the system, after work that used much memory for a short time (a load, a plan)."""
     gc.collect()
     trim = _glibc("malloc_trim")
@@ -123,7 +123,7 @@ def release() -> None:
         trim(0)
 
 
-def share() -> None:
+def use_one_heap() -> None:
     """Let all threads from now on allocate from one heap.
 
     Otherwise each of a server's threads gets one of up to eight per processor, and `malloc_trim` returns nothing from
@@ -449,8 +449,7 @@ class HelperProcess(Generic[Question, Reply]):
                     if not piece:
                         return None
                     read += piece
-            found: Reply = json.loads(read)
-            return found
+            return json.loads(read)
         except (OSError, ValueError):
             return None
 

@@ -48,7 +48,7 @@ def library() -> ModuleType:
     if known is not None:
         return known
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of the kernel that it did not fetch
-    with hidden(_FETCHER):
+    with hide_package(_FETCHER):
         return importlib.import_module("bitsandbytes")
 
 
@@ -59,7 +59,7 @@ def before_peft() -> None:
 
 
 @contextmanager
-def hidden(name: str) -> Iterator[None]:
+def hide_package(name: str) -> Iterator[None]:
     """Let the import of one package fail, as if it were not installed."""
     missing = object()
     before = sys.modules.get(name, missing)
@@ -78,8 +78,7 @@ def hidden(name: str) -> Iterator[None]:
 
 def state_of(weight: Tensor | None) -> State | None:
     """The state that bitsandbytes keeps with a weight in 4 bits; None for any other weight."""
-    state: State | None = getattr(weight, "quant_state", None)
-    return state
+    return getattr(weight, "quant_state", None)
 
 
 def in_four_bits(layer: nn.Module) -> bool:
@@ -87,19 +86,19 @@ def in_four_bits(layer: nn.Module) -> bool:
     return state_of(layer._parameters.get("weight")) is not None
 
 
-def packed(layer: nn.Module) -> bool:
+def is_packed(layer: nn.Module) -> bool:
     """Whether the layer keeps its weight in fewer bits, by any library: then nobody else may read it."""
     return in_four_bits(layer) or "qweight" in layer._buffers  # GPTQ and AWQ call it so
 
 
 def any_packed(model: nn.Module) -> bool:
     """Whether a layer of the model is packed."""
-    return any(packed(each) for each in model.modules())
+    return any(is_packed(each) for each in model.modules())
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is a linear layer that adapters can adapt."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or packed(module)
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or is_packed(module)
 
 
 def computes_in(layer: nn.Module, model: nn.Module) -> torch.dtype:
@@ -112,7 +111,7 @@ def computes_in(layer: nn.Module, model: nn.Module) -> torch.dtype:
     return next(each.dtype for each in model.parameters() if each.is_floating_point())
 
 
-def count(model: nn.Module) -> int:
+def count_weights(model: nn.Module) -> int:
     """How many weights the model has; those in 4 bits count one by one."""
     states = [(each, state_of(each)) for each in model.parameters()]
     return sum(each.numel() if state is None else math.prod(state.shape) for each, state in states)
@@ -165,14 +164,12 @@ class FourBitProducts(NamedTuple):
 
     def dense(self) -> Tensor:
         """W, (D_out, D_in)."""
-        unpacked: Tensor = library().functional.dequantize_4bit(self.weight, self.state)
-        return unpacked
+        return library().functional.dequantize_4bit(self.weight, self.state)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + b."""
         bias = None if bias is None else bias.to(x.dtype)
-        y: Tensor = library().matmul_4bit(x, self.weight, self.state, bias=bias)
-        return y
+        return library().matmul_4bit(x, self.weight, self.state, bias=bias)
 
     def backward(self, dy: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
         """dy W + plus."""

@@ -39,14 +39,14 @@ from pydantic_core import PydanticCustomError
 from turret.arguments import DEVICES, check_arguments, is_device
 from turret.data import memory
 from turret.data.table import BETWEEN, name_key
-from turret.errors import BadReference, BaseModelError, RecipeError, joined, listed, one_line, shown
+from turret.errors import BadReference, BaseModelError, RecipeError, join_sentences, one_line, quote, quote_all
 from turret.json_types import JsonObject, JsonValue, Plain
 from turret.manifest import MethodSpec
 from turret.methods import METHODS, LoRA, Method, method_class
-from turret.methods.method import AS_GIVEN, KnownKeys, complaint, refuse_places, sentences, unknown_key
+from turret.methods.method import AS_GIVEN, KnownKeys, error_sentences, key_error, refuse_places, unknown_key
 from turret.notebook import Table, as_html
 from turret.reference import check_name
-from turret.tasks.task import TASKS, kinds
+from turret.tasks.task import TASKS, task_kinds
 from turret.trackers import TRACKERS
 
 # --- TOML -------------------------------------------------------------------------------------------------------------
@@ -115,8 +115,7 @@ def toml_value(text: str) -> Plain:
     """Read one TOML value on one line. Raises ValueError."""
     if "\n" in text:
         raise ValueError(text)
-    found: Plain = read_toml(f"value = {text}")["value"]
-    return found
+    return read_toml(f"value = {text}")["value"]
 
 
 def toml_value_or_text(text: str) -> Plain:
@@ -259,7 +258,7 @@ def _parse_typed(key: str, text: str, type_: TypeAdapter[T]) -> T:
     try:
         type_.validate_python(toml_value_or_text(text))
     except ValidationError as error:
-        raise RecipeError(f"{key}: {complaint(error.errors())}") from None
+        raise RecipeError(f"{key}: {key_error(error.errors())}") from None
     raise AssertionError(key)
 
 
@@ -297,7 +296,7 @@ class _Section(BaseModel):
         try:
             return handler(value)
         except ValidationError as error:
-            raise RecipeError(joined(list(sentences(cls, error, keys, METHODS)))) from None
+            raise RecipeError(join_sentences(list(error_sentences(cls, error, recipe_keys, METHODS)))) from None
 
 
 def _size(value: Plain) -> Plain:
@@ -307,7 +306,7 @@ def _size(value: Plain) -> Plain:
     if isinstance(value, str) and re.match(r"[A-Za-z_]", value):
         return value
     raise ValueError(
-        f"expected a number of at least 1, a fraction between 0 and 1 or the name of a split, given {shown(value)}"
+        f"expected a number of at least 1, a fraction between 0 and 1 or the name of a split, given {quote(value)}"
     )
 
 
@@ -317,9 +316,9 @@ def _several(value: str | list[str] | None) -> str | list[str] | None:
     if not 2 <= len(value) <= MOST_ANSWERS:
         raise ValueError(f"expected the name of one column, or a list of 2 to {MOST_ANSWERS}, given {len(value)}")
     if wrong := next((name for name in value if not name.strip() or BETWEEN in name), None):
-        raise ValueError(f"a class is written `column: class`, so rename the column {shown(wrong, 40)}")
+        raise ValueError(f"a class is written `column: class`, so rename the column {quote(wrong, 40)}")
     if len(set(map(name_key, value))) < len(value):
-        raise ValueError(f"expected different columns, given {listed(value, 60)}")
+        raise ValueError(f"expected different columns, given {quote_all(value, 60)}")
     return value
 
 
@@ -456,7 +455,7 @@ def _with_source(value: GivenData) -> Data | Mapping[str, GivenData]:
 
 def _task_kind(value: Plain) -> Plain:
     if value not in (None, *TASKS):
-        raise ValueError(f"expected {kinds(repr)}")
+        raise ValueError(f"expected {task_kinds(repr)}")
     return value
 
 
@@ -516,13 +515,13 @@ def _trackers(value: Plain) -> Plain:
     if names is None:
         return None
     if not isinstance(names, (list, tuple)) or not names or any(name not in TRACKERS for name in names):
-        raise ValueError(f"expected a list of {', '.join(TRACKERS)}, given {shown(value)}")
+        raise ValueError(f"expected a list of {', '.join(TRACKERS)}, given {quote(value)}")
     return tuple(dict.fromkeys(names))
 
 
 def _device(value: Plain) -> Plain:
     if value is not None and not (isinstance(value, str) and is_device(value)):
-        raise ValueError(f"expected {DEVICES}, given {shown(value)}")
+        raise ValueError(f"expected {DEVICES}, given {quote(value)}")
     return value
 
 
@@ -623,7 +622,7 @@ def _method(value: Method | MethodSpec | str) -> Method:
         settings = {"kind": value} if isinstance(value, str) else value
         return found.model_validate(settings, context=AS_GIVEN)  # this knows more keys than the method does
     except ValidationError as error:
-        lines = list(sentences(found, error, keys, METHODS))
+        lines = list(error_sentences(found, error, recipe_keys, METHODS))
     except RecipeError as error:
         lines = [str(error)]
     raise PydanticCustomError("sentences", "{sentences}", {"sentences": lines})
@@ -762,7 +761,7 @@ class Recipe(_Section):
         except (OSError, ValueError) as error:
             reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else _reason(error)
             raise RecipeError(
-                f"recipe {shown(str(source))} cannot be read ({reason}): "
+                f"recipe {quote(str(source))} cannot be read ({reason}): "
                 f"give a TOML file or one of the presets {', '.join(known)}"
             ) from None
         return cls.from_toml(text, where=str(source))
@@ -842,7 +841,7 @@ class Recipe(_Section):
             settings["promise"] = settings["promise"] or {}
         models: dict[str, type[BaseModel]] = {"": Recipe, **_SECTIONS, "method": METHODS[settings["method"]["kind"]]}
         for key, text in texts.items():
-            override(settings, key, text, models, keys)
+            override(settings, key, text, models, recipe_keys)
         return Recipe.model_validate(settings)
 
 
@@ -879,7 +878,7 @@ def preset_text(name: str) -> str:
     return (resources.files("turret") / "presets" / f"{name}.toml").read_text("utf-8")
 
 
-def keys(method: str | None = None) -> JsonObject:
+def recipe_keys(method: str | None = None) -> JsonObject:
     """Every key of a recipe ("seed", "train.lr", ...) with its default; `...` if the key is required.
 
     Args:

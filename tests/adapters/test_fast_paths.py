@@ -16,7 +16,7 @@ from turret.adapters import attach, classify_logits, trainable_parameters
 from turret.adapters.packed import target_states
 from turret.methods import LoRA
 from turret.ops import table
-from turret.ops.core import enabled
+from turret.ops.core import is_enabled
 from turret.ops.cpu.compiled import library
 from turret.ops.table import DECODER, ENCODER, PATHS
 
@@ -93,16 +93,16 @@ def test_turning_a_path_off_changes_what_is_computed(name: str, base: str) -> No
 def test_the_table_lists_every_path_that_the_code_asks_for() -> None:
     asked = set()
     for file in Path(turret.__file__).parent.rglob("*.py"):
-        for arguments in re.findall(r"(?<![\w.])(?:switches\.)?enabled\(([^)]*)\)", file.read_text(encoding="utf-8")):
+        for arguments in re.findall(r"(?<![\w.])is_enabled\(([^)]*)\)", file.read_text(encoding="utf-8")):
             asked |= set(re.findall(r'"(\w+)"', arguments))
     assert asked == set(PATHS)
 
 
 def test_a_larger_path_is_off_with_its_parts() -> None:
     with table.without("flash"):
-        assert not enabled("trained_layer")
-        assert enabled("rms_norm")
-    assert enabled("trained_layer")
+        assert not is_enabled("trained_layer")
+        assert is_enabled("rms_norm")
+    assert is_enabled("trained_layer")
 
 
 def test_an_unknown_path_is_an_error() -> None:

@@ -13,7 +13,7 @@ from turret.ops.lora import linear
 from turret.ops.table import without
 
 needed = pytest.mark.skipif(
-    kernels.library() is None or not kernels.library().few(),  # type: ignore[union-attr]
+    kernels.library() is None or not kernels.library().few,  # type: ignore[union-attr]
     reason="no kernel for few tokens on this machine",
 )
 
@@ -35,7 +35,7 @@ def test_few_tokens_take_the_kernel_and_many_take_torch(monkeypatch: pytest.Monk
     layer, found = nn.Linear(48, 40), calls(nn.Linear(1, 1), monkeypatch)
     library = kernels.library()
     assert library is not None
-    most = library.few()
+    most = library.few
     with torch.inference_mode():
         few = torch.randn(1, most, 48)
         torch.testing.assert_close(linear(layer, few), few @ layer.weight.mT + layer.bias)

@@ -37,7 +37,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return y
 
     with monkeypatch.context() as patched:
-        patched.setattr(layers, "of", lambda *tensors: ops)
+        patched.setattr(layers, "ops_for", lambda *tensors: ops)
         patched.setattr(layers.LayerHook, "trained_output", on_gpu)
         yield taken
 

@@ -15,7 +15,7 @@ from turret.families import family_of
 from turret.methods import Full, LoRA, Method, Prefix
 from turret.ops.cpu.compiled import library
 from turret.ops.structs import NO_DROPOUT, DropoutArguments, LayerNorm
-from turret.ops.table import of, without
+from turret.ops.table import ops_for, without
 
 METHODS: tuple[Method, ...] = (
     LoRA(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.0),
@@ -34,7 +34,7 @@ def test_what_is_dropped_is_dropped_on_the_way_back_too(width: int) -> None:
     assert 0.5 < float((mask > 0).double().mean()) < 0.9
     wide = [each.double().requires_grad_() for each in (a, x)]
     expected = torch.nn.functional.layer_norm(wide[0] * mask + wide[1], (width,), weight.double(), bias.double(), 1e-12)
-    ops, norm = of(a), LayerNorm(weight, bias, 1e-12, dropped)
+    ops, norm = ops_for(a), LayerNorm(weight, bias, 1e-12, dropped)
     y, s, stats = ops.added_norm(a, x, norm)
     assert torch.equal(ops.added_norm_again(s, norm, stats), y)
     dy = torch.randn(11, width)

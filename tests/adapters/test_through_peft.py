@@ -220,12 +220,12 @@ def test_a_recipe_keeps_peft_settings_and_reads_them_again() -> None:
 
 
 def test_every_other_method_is_known_by_name() -> None:
-    assert {"IA3", "DORA", "VERA", "PROMPT_TUNING", "P_TUNING", "LOHA", "OFT"} <= set(peft_backend.names())
-    assert not set(peft_backend.names()) & set(peft_backend.REFUSED)
+    assert {"IA3", "DORA", "VERA", "PROMPT_TUNING", "P_TUNING", "LOHA", "OFT"} <= set(peft_backend.peft_types())
+    assert not set(peft_backend.peft_types()) & set(peft_backend.REFUSED)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [name for name in peft_backend.names() if name != "BOFT"])  # it compiles for CUDA
+@pytest.mark.parametrize("kind", [name for name in peft_backend.peft_types() if name != "BOFT"])  # it compiles for CUDA
 def test_whatever_peft_has_works_or_says_why_in_one_line(kind: str, tmp_path: Path) -> None:
     """Every method at its defaults: outputs that come back from disk, or one line."""
     prompt = {"num_virtual_tokens": 4} if kind in peft_backend.PROMPTS else {}

@@ -22,8 +22,8 @@ from turret.engine.sampler import choose
 from turret.engine.sequence import DecodeStep, Prefill
 from turret.errors import AdapterError
 from turret.methods import LoRA
+from turret.train.losses import loss_of
 from turret.train.slot import LocalSlot
-from turret.train.step import loss_of
 
 ROWS = 32
 SIZES = {"hidden_size": 128, "head_dim": 32}  # heads that a decoding step's program takes

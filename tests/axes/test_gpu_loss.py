@@ -12,7 +12,7 @@ from batches import without_dropout
 from pretend_gpu import on_cpu, pretend_gpu, to_gpu
 
 from turret.adapters import packed
-from turret.train import step
+from turret.train import losses
 from turret.train.batches import EncodedRow
 from turret.train.slot import LocalSlot
 
@@ -43,9 +43,9 @@ def passed(family: str, on_gpu: bool, dtype: torch.dtype, **settings: Any) -> tu
 def test_the_output_layer_is_read_for_all_targets_at_once(
     monkeypatch: pytest.MonkeyPatch, fused: bool, dtype: torch.dtype
 ) -> None:
-    if fused and not step.FUSED:
+    if fused and not losses.FUSED:
         pytest.skip("torch is older than 2.13")
-    monkeypatch.setattr(step, "FUSED", fused)
+    monkeypatch.setattr(losses, "FUSED", fused)
     here = passed("llama", False, dtype)
     there = passed("llama", True, dtype)
     one, bf16 = there[2], dtype == torch.bfloat16

@@ -28,7 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from turret.families.family import Family, HeadParts, last, parts_of_head
+from turret.families.family import Family, HeadParts, last_token, parts_of_head
 
 UNUSED = 2  # rows of the position table
 
@@ -187,7 +187,7 @@ TOY = Family(
     classify=classify,
     head_dropouts=("rest",),
     output_layer="speak",
-    pooling=last,
+    pooling=last_token,
     positions="table",
     position_offset=lambda config: UNUSED,
     vocabulary=vocabulary,

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts
 from turret.adapters.hooks import AdapterInit, HookedModel, device_of, linear_at, routed_linear, target_paths
-from turret.adapters.lora import LoRAFactors, sizes
+from turret.adapters.lora import LoRAFactors, layer_sizes
 from turret.adapters.tuners.tuner import Tuner, mount_head
 from turret.errors import AdapterError
 from turret.methods import Method
@@ -86,7 +86,7 @@ class ScaleTuner(Tuner[Scale]):
         return name.endswith(SUFFIX)
 
     def _drawn(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        generator, (d_in, d_out) = torch.Generator().manual_seed(self.method.seed), sizes(layer)
+        generator, (d_in, d_out) = torch.Generator().manual_seed(self.method.seed), layer_sizes(layer)
         return torch.randn(RANK, d_in, generator=generator), torch.randn(d_out, RANK, generator=generator)
 
     def _put(self, model: Model, attached: HookedModel, path: str, slot: int) -> LoRAFactors:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from small_models import FAMILIES
 
 from turret import bases, quantized
-from turret.bases.fingerprints import within
+from turret.bases.fingerprints import is_within
 from turret.bases.quantized import arguments
 from turret.errors import BaseModelError
 from turret.families import Family, family_named
@@ -42,9 +42,9 @@ def test_the_body_is_in_four_bits_and_the_fingerprint_the_checkpoints(family: st
     names = {path for path, each in packed.model.named_modules() if quantized.in_four_bits(each)}
     assert names
     outside = (*packed.family.beside_body, *packed.family.body_excludes)
-    assert not [name for name in names if within(name.removeprefix(f"{packed.model.base_model_prefix}."), outside)]
+    assert not [name for name in names if is_within(name.removeprefix(f"{packed.model.base_model_prefix}."), outside)]
     assert packed.bytes < plain.bytes
-    assert quantized.count(packed.model) == quantized.count(plain.model)
+    assert quantized.count_weights(packed.model) == quantized.count_weights(plain.model)
     assert any(f"{len(names)} linear layers are kept in nf4" in note for note in packed.notes)
     one, other = hidden(packed.model), hidden(plain.model)
     assert not torch.equal(one, other)  # the control: it does not compute with the plain weights
@@ -145,7 +145,7 @@ def test_loading_the_library_fetches_no_kernel(tmp_path: Path) -> None:
 def test_without_the_library_one_line_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = small_models.save_base("bert", tmp_path / "bert")
     monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
-    with quantized.hidden("bitsandbytes"), pytest.raises(BaseModelError) as caught:
+    with quantized.hide_package("bitsandbytes"), pytest.raises(BaseModelError) as caught:
         bases.load(str(folder), task="classify", quantization="nf4")
     assert "pip install 'turret[quantized]'" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -12,7 +12,7 @@ from small_models import FAMILIES, GENERATORS, RELATIVES, build, save_base, toke
 
 from turret import adapters, bases
 from turret.bases import Base
-from turret.bases.base import share
+from turret.bases.base import share_weights
 from turret.errors import AdapterError
 from turret.methods import Full, LoRA
 
@@ -36,10 +36,10 @@ def test_a_classifier_is_the_one_that_a_load_gives(family: str, dtype: str, tmp_
     folder = str(save_base(family, tmp_path))
     loaded = bases.load(folder, task="classify", num_labels=5, dtype=dtype, seed=7)
     base = bases.load(folder, task="classify", dtype=dtype, seed=3)
-    shared = share(base, num_labels=5, seed=7)
+    shared = share_weights(base, num_labels=5, seed=7)
 
     assert same(shared, loaded)
-    assert not same(share(base, num_labels=5, seed=8), loaded)  # the head is drawn from the seed
+    assert not same(share_weights(base, num_labels=5, seed=8), loaded)  # the head is drawn from the seed
     assert (shared.fresh, shared.model.config.num_labels) == (loaded.fresh, 5)
     own = {name for name, where in addresses(shared).items() if where != addresses(base)[name]}
     assert own == set(shared.fresh)  # all other weights are in memory once
@@ -48,7 +48,7 @@ def test_a_classifier_is_the_one_that_a_load_gives(family: str, dtype: str, tmp_
 @pytest.mark.parametrize("family", GENERATORS)
 def test_a_model_that_generates_shares_every_weight(family: str, tmp_path: Path) -> None:
     base = bases.load(str(save_base(family, tmp_path)), task="generate", dtype="float32")
-    shared = share(base)
+    shared = share_weights(base)
 
     assert addresses(shared) == addresses(base)
     assert same(shared, bases.load(base.id, task="generate", dtype="float32"))
@@ -59,16 +59,16 @@ def test_a_head_of_the_checkpoint_is_kept_if_it_has_these_outputs(tmp_path: Path
     tokenizer("bert").save_pretrained(tmp_path)
     base = bases.load(str(tmp_path), task="classify", dtype="float32")
 
-    assert share(base, num_labels=3).fresh == ()
+    assert share_weights(base, num_labels=3).fresh == ()
     loaded = bases.load(base.id, task="classify", num_labels=4, dtype="float32", seed=1)
-    assert same(share(base, num_labels=4, seed=1), loaded)
-    assert share(base, num_labels=4).fresh == ("classifier.bias", "classifier.weight")
+    assert same(share_weights(base, num_labels=4, seed=1), loaded)
+    assert share_weights(base, num_labels=4).fresh == ("classifier.bias", "classifier.weight")
 
 
 @pytest.mark.parametrize("method", [LoRA(r=2), Full()])
 def test_an_adapter_on_one_model_leaves_the_others_as_they_are(method: LoRA | Full, tmp_path: Path) -> None:
     base = bases.load(str(save_base("bert", tmp_path)), task="classify", dtype="float32")
-    one, other = share(base, num_labels=2), share(base, num_labels=2)
+    one, other = share_weights(base, num_labels=2), share_weights(base, num_labels=2)
     ids = torch.tensor([[1, 5, 9, 4]])
     before = other.model(input_ids=ids).logits
     modules = {path: id(each) for path, each in other.model.named_modules()}
@@ -88,7 +88,7 @@ def test_an_adapter_on_one_model_leaves_the_others_as_they_are(method: LoRA | Fu
 @needs_bitsandbytes
 def test_a_base_in_four_bits_is_shared_with_its_scales(tmp_path: Path) -> None:
     base = base_in_four_bits("llama", tmp_path)
-    shared = share(base, num_labels=4, seed=3)
+    shared = share_weights(base, num_labels=4, seed=3)
     layer, own = (each.model.get_submodule("model.layers.0.mlp.up_proj") for each in (shared, base))
 
     assert layer is not own
@@ -103,11 +103,11 @@ def test_a_base_with_an_adapter_is_not_shared(tmp_path: Path) -> None:
     base = bases.load(str(save_base("bert", tmp_path)), task="classify", dtype="float32")
     adapters.attach(base.model, "lora")
     with pytest.raises(AdapterError, match="already carries an adapter"):
-        share(base)
+        share_weights(base)
 
 
 def test_a_draw_leaves_the_global_generator_as_it_was(tmp_path: Path) -> None:
     base = bases.load(str(save_base("bert", tmp_path)), task="classify", dtype="float32")
     before = torch.get_rng_state()
-    share(base, num_labels=4, seed=1)
+    share_weights(base, num_labels=4, seed=1)
     assert torch.equal(torch.get_rng_state(), before)

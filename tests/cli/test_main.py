@@ -233,5 +233,5 @@ def test_sizes_counts_and_spans_are_short() -> None:
 
 
 def test_a_text_cannot_move_the_cursor_or_write_markup() -> None:
-    assert errors.plainly("a\x1b[31mb\nc\x00") == "a [31mb c "
+    assert errors.printable("a\x1b[31mb\nc\x00") == "a [31mb c "
     assert safe("[red]x[/]") == r"\[red]x\[/]"

@@ -10,7 +10,7 @@ import pytest
 from turret.access import Access
 from turret.cli.main import run
 from turret.store import Store
-from turret.store.access_tokens import which
+from turret.store.access_tokens import token_with_secret
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_a_token_is_shown_once_alone_on_stdout(store, capsys) -> None:
     secret = out.strip()
     assert "\n" not in secret
     assert "shown once" in err
-    found = which(Store(store).tokens.list(), secret)
+    found = token_with_secret(Store(store).tokens.list(), secret)
     assert found is not None
     assert (found.name, found.scopes) == ("reader", ("infer",))
     assert run(["token", "list", "--store", store]) == 0
@@ -90,7 +90,7 @@ def test_a_rotation_prints_the_new_secret_and_says_until_when_the_one_before_liv
     out, err = capsys.readouterr()
     assert "valid until 20" in err
     known = Store(store, Access("legal")).tokens.list()
-    assert which(known, first) == which(known, out.strip()) == known[0]
+    assert token_with_secret(known, first) == token_with_secret(known, out.strip()) == known[0]
     assert run(["token", "rotate", "bot", "--overlap", "0", "--store", store]) == 0
     assert "not valid any more" in capsys.readouterr().err
     assert run(["token", "rotate", "nobody", "--store", store]) == 1

@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from turret.compare.verdict import MOST_RESAMPLED, Futures, components, group_columns, interval, judge, mcnemar, rate
+from turret.compare.verdict import (
+    MOST_RESAMPLED,
+    Futures,
+    group_columns,
+    interval,
+    judge,
+    mcnemar,
+    rate,
+    variance_components,
+)
 from turret.statistics import sign_flips, sign_test, smallest
 
 Grow = Callable[[int, int], np.ndarray]
@@ -286,7 +295,7 @@ def test_any_scores_give_an_ordered_interval_and_finite_parts(seeds: int, exampl
     found = interval(d, rng, resamples=50)
     assert found.low <= found.mean <= found.high
     assert np.isfinite([found.low, found.high]).all()
-    parts = components(d)
+    parts = variance_components(d)
     assert min(parts.between_seeds, parts.between_examples, parts.rest) >= 0
 
 
@@ -301,7 +310,7 @@ def test_swapping_the_methods_turns_the_interval_round() -> None:
 def test_components_find_what_was_put_in() -> None:
     rng = np.random.default_rng(4)
     d = 2 * rng.standard_normal((60, 1)) + 3 * rng.standard_normal((1, 500)) + rng.standard_normal((60, 500))
-    found = components(d)
+    found = variance_components(d)
     assert found.between_seeds == pytest.approx(4, rel=0.5)
     assert found.between_examples == pytest.approx(9, rel=0.2)
     assert found.rest == pytest.approx(1, rel=0.05)
@@ -309,7 +318,7 @@ def test_components_find_what_was_put_in() -> None:
 
 def test_one_seed_has_no_variance_but_that_of_its_examples() -> None:
     d = np.random.default_rng(3).standard_normal((1, 40))
-    parts = components(d)
+    parts = variance_components(d)
     assert (parts.between_seeds, parts.rest) == (0.0, 0.0)
     assert parts.between_examples == pytest.approx(d.var(ddof=1))
 

@@ -19,10 +19,10 @@ from simulated_comparison import dataset, made, result
 from turret.compare import control_rates
 from turret.compare.design import Cell, candidates
 from turret.compare.evaluation_page import as_html as evaluation_page
-from turret.compare.plots import CHARACTER, WIDTH, Axis, LossCurve, Mark, axis, courses, forest, scatter
+from turret.compare.plots import CHARACTER, WIDTH, Axis, LossCurve, Mark, axis, forest, loss_curves, scatter
 from turret.compare.report import _apart, as_html, as_markdown, headline, write_report
 from turret.compare.report_text import rounded_estimate
-from turret.compare.results import Confusions, Details, costs
+from turret.compare.results import Confusions, Details, costs_of
 from turret.compare.verdict import Interval, Verdict, interval
 from turret.recipe import Recipe
 from turret.tasks import Mistake
@@ -345,7 +345,7 @@ def test_names_in_a_plot_never_cover_each_other_and_stay_inside(places) -> None:
     assert covered(plot) == []
     assert all(left >= 0 and right <= WIDTH for _, left, _, right, _ in boxes(plot))
     lines = [LossCurve(mark.label, "lora", (1.0, mark.y)) for mark in marks]
-    assert covered(courses(lines, x_label="x", y_label="y")) == []
+    assert covered(loss_curves(lines, x_label="x", y_label="y")) == []
 
 
 def test_names_at_one_place_would_cover_each_other() -> None:
@@ -532,12 +532,12 @@ def test_memory_and_time_are_of_the_first_seed_that_had_a_process_of_its_own() -
         )
         for each in results[1:]
     ]
-    alone, first = costs(results[:1]), costs([results[0], *beside])
+    alone, first = costs_of(results[:1]), costs_of([results[0], *beside])
     measured = ("train_seconds", "best_seconds", "answer_seconds", "above_base", "peak", "predicted", "measured")
     assert [getattr(first, name) for name in measured] == [getattr(alone, name) for name in measured]
     resident_first = [dataclasses.replace(beside[0], resident=True), results[1]]
-    assert costs(resident_first).train_seconds == costs(results[1:2]).train_seconds
-    assert costs(beside).train_seconds != alone.train_seconds
+    assert costs_of(resident_first).train_seconds == costs_of(results[1:2]).train_seconds
+    assert costs_of(beside).train_seconds != alone.train_seconds
     sentence = "Memory and times are those of each method's first seed"
     for page in (as_html(made("full,lora")), as_markdown(made("full,lora"))):
         assert sentence in page.replace("&#39;", "'").replace("\\", "")

@@ -217,7 +217,7 @@ def test_settings_that_do_not_belong_to_the_tensors_take_no_memory() -> None:
     other = adapter.method.with_options(adapter.method.options | {"r": 200})
     layers = {path: nn.Linear(1 << 16, 1 << 16, device="meta") for path in ("model.layers.0.self_attn.q_proj",)}
     with pytest.raises(AdapterError, match="it belongs to another base"):
-        peft_backend.changes(other, adapter.tensors, layers)
+        peft_backend.build_peft_layers(other, adapter.tensors, layers)
 
 
 def test_a_tensor_of_the_base_among_those_of_an_adapter_is_refused_and_the_base_stays() -> None:
@@ -258,6 +258,6 @@ def test_virtual_tokens_that_do_not_fit_are_refused() -> None:
 
 
 def test_every_method_that_mixes_is_known_to_peft_and_tried_here() -> None:
-    known = set(peft_backend.names())
+    known = set(peft_backend.peft_types())
     assert {*MIXED, *SLOW} <= known
     assert {*MIXED, *SLOW} - set(MARKS) == {kind for _, kind in [*PAIRS, *DECODERS]}

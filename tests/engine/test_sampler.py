@@ -13,7 +13,7 @@ from pretend_gpu import OnCard, pretend_gpu
 from small_models import build, tokenizer
 
 from turret.engine.request import GenerationSettings, SamplingParams
-from turret.engine.sampler import adjust, base_settings, choose, draw, resolve_settings
+from turret.engine.sampler import base_settings, choose, draw, process_logits, resolve_settings
 from turret.errors import BaseModelError, DataError
 
 V = 50
@@ -41,7 +41,7 @@ def test_adjusted_scores_equal_those_of_transformers_processors(settings: dict, 
     past = [3, 7, 3, 7, 9, 3, 7, 3]  # 5 of a prompt, 3 of an answer
     ours = scores()[None]
     theirs = processor(torch.tensor([past]), scores()[None])  # type: ignore[operator]
-    adjust(ours, {0: (GenerationSettings(**({"max_tokens": 99, "eos": (5,)} | settings)), past, 3)})
+    process_logits(ours, {0: (GenerationSettings(**({"max_tokens": 99, "eos": (5,)} | settings)), past, 3)})
     torch.testing.assert_close(ours, theirs)
 
 

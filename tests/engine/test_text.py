@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from turret.engine.sequence import IncrementalText, TokenEnds, between
+from turret.engine.sequence import IncrementalText, TokenEnds, text_of_token
 
 WORDS = st.lists(st.sampled_from(["a", "b", " ", "ab", "\n", "ba ", " a", "aab"]), max_size=20)
 
@@ -57,7 +57,7 @@ def test_the_texts_of_tokens_join_to_the_text_even_inside_a_character(text: str,
     ends = TokenEnds(lambda tokens: words.decode(list(tokens)))
     ends.grow(ids[:start])
     ends.grow(ids)
-    pieces = [between(text, ends.ends, place, whole=True) for place in range(len(ids))]
+    pieces = [text_of_token(text, ends.ends, place, whole=True) for place in range(len(ids))]
     assert "".join(pieces) == text
     assert [piece for piece in pieces if piece] == list(text)
 

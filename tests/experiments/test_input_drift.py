@@ -15,7 +15,7 @@ from turret.experiments.input_drift import (
     MOST_REFERENCES,
     InputTest,
     Score,
-    distinct,
+    distinct_vectors,
     needed_e_value,
     pack_vectors,
     unpack_vectors,
@@ -124,9 +124,9 @@ def test_the_levels_of_all_rounds_sum_to_the_level() -> None:
 
 def test_references_are_different_texts_and_not_too_many() -> None:
     twice = np.vstack([draws(0, 300), draws(0, 300)])
-    assert len(distinct(twice)) == 300
-    assert len(distinct(draws(0, 2 * MOST_REFERENCES))) == MOST_REFERENCES
-    assert not (distinct(draws(0, 300)) == draws(0, 300)).all(), "in an order of their own"
+    assert len(distinct_vectors(twice)) == 300
+    assert len(distinct_vectors(draws(0, 2 * MOST_REFERENCES))) == MOST_REFERENCES
+    assert not (distinct_vectors(draws(0, 300)) == draws(0, 300)).all(), "in an order of their own"
 
 
 @given(st.lists(st.lists(st.floats(-6e4, 6e4, width=16), min_size=5, max_size=5), max_size=20))

@@ -15,11 +15,11 @@ from turret.experiments.risk_control import (
     Bound,
     Choice,
     Watch,
-    choose,
-    fewest,
-    standing,
-    starts,
-    surest,
+    choose_threshold,
+    count_decidable,
+    fewest_decided,
+    promise_state,
+    starting_points,
 )
 from turret.statistics import EProcess
 
@@ -64,7 +64,7 @@ class World:
     ("wrong", "error", "level", "needed"), [(0, 0.02, 0.05, 149), (0, 0.05, 0.05, 59), (3, 0.05, 0.05, 153)]
 )
 def test_the_test_is_that_of_clopper_and_pearson(wrong: int, error: float, level: float, needed: int) -> None:
-    assert fewest(wrong, error, level) == needed
+    assert fewest_decided(wrong, error, level) == needed
     upper = beta.ppf(1 - level, wrong + 1, needed - wrong)  # their upper bound, by the other formula
     assert upper <= error < beta.ppf(1 - level, wrong + 1, needed - 1 - wrong)
     assert binom.cdf(wrong, needed, error) <= level < binom.cdf(wrong, needed - 1, error)
@@ -78,14 +78,14 @@ def test_the_threshold_is_the_loosest_one_that_passes_in_the_sequence() -> None:
         ranked[10:14] = ranked[10]  # equal probabilities are decided together
         wrong = np.cumsum(random.random(n) < 0.06 * np.arange(n) / n)
         level, best, alive = 0.0, 0, False
-        begins = starts(n, 0.05, 0.05)
+        begins = starting_points(n, 0.05, 0.05)
         for m in range(1, n + 1):
             if m in begins:
                 level, alive = (level if alive else 0.0) + 0.05 / len(begins), True
             if alive and (m == n or ranked[m - 1] > ranked[m]):
                 alive = binom.cdf(wrong[m - 1], m, 0.05) <= level
                 best = m if alive else best
-        assert surest(ranked, wrong, 0.05, 0.05) == best > 0
+        assert count_decidable(ranked, wrong, 0.05, 0.05) == best > 0
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_the_bound_is_broken_in_at_most_the_stated_share_and_a_naive_threshold_b
     broken = naive = passed = 0
     for _ in range(RUNS):
         given, right, p = world.draw(n)
-        found = choose(wanted, given, right, p)
+        found = choose_threshold(wanted, given, right, p)
         if found.threshold is not None:
             passed += 1
             broken += risk(found.threshold) > wanted.error
@@ -123,35 +123,37 @@ def loosest(wanted: Bound, given: list[str], right: list[str], p: Floats) -> flo
 
 def test_a_choice_counts_what_it_decides_and_what_was_wrong() -> None:
     given, right, p = World(2).draw(1500)
-    found = choose(bound(), given, right, p)
+    found = choose_threshold(bound(), given, right, p)
     assert found.threshold is not None
     decided = p >= found.threshold
     wrong = np.array([a != b for a, b in zip(given, right, strict=True)])
     assert found == Choice(found.threshold, 1500, int(decided.sum()), int((decided & wrong).sum()), int(decided.sum()))
-    of_b = choose(bound(metric="precision:b"), given, right, p)
+    of_b = choose_threshold(bound(metric="precision:b"), given, right, p)
     assert of_b.threshold is not None
     assert of_b.counted == int(((p >= of_b.threshold) & (np.array(given) == "b")).sum())
-    missed = choose(bound(metric="misses:b"), given, right, p)
+    missed = choose_threshold(bound(metric="misses:b"), given, right, p)
     assert missed.counted == right.count("b")
 
 
 def test_without_wrong_examples_every_answer_is_decided() -> None:
-    found = choose(bound(), ["a"] * 60, ["a"] * 60, np.linspace(0.5, 1, 60))
+    found = choose_threshold(bound(), ["a"] * 60, ["a"] * 60, np.linspace(0.5, 1, 60))
     assert (found.threshold, found.decided) == (0.0, 60)
-    assert choose(bound(), ["a"] * 58, ["a"] * 58, np.linspace(0.5, 1, 58)).threshold is None
+    assert choose_threshold(bound(), ["a"] * 58, ["a"] * 58, np.linspace(0.5, 1, 58)).threshold is None
 
 
 def test_examples_that_are_too_few_say_how_many_would_be_enough() -> None:
     given, right, p = World(3).draw(150)
-    few = choose(bound(0.02), given, right, p)
+    few = choose_threshold(bound(0.02), given, right, p)
     assert few.threshold is None
     assert few.needed is not None
     assert 150 < few.needed < 5000
-    carried = [choose(bound(0.02), *World(seed).draw(2 * few.needed)).threshold is not None for seed in range(5)]
+    carried = [
+        choose_threshold(bound(0.02), *World(seed).draw(2 * few.needed)).threshold is not None for seed in range(5)
+    ]
     assert sum(carried) >= 4, "twice as many as it says are enough"
     noise = ["b"] * 150
-    assert choose(bound(0.02), given, noise, np.full(150, 0.9)).needed is None, "no number would"
-    scarce = choose(bound(0.02, "misses:b"), ["a"] * 100, ["b"] * 20 + ["a"] * 80, np.linspace(0.5, 1, 100))
+    assert choose_threshold(bound(0.02), given, noise, np.full(150, 0.9)).needed is None, "no number would"
+    scarce = choose_threshold(bound(0.02, "misses:b"), ["a"] * 100, ["b"] * 20 + ["a"] * 80, np.linspace(0.5, 1, 100))
     assert scarce.needed == 5 * 149
 
 
@@ -229,7 +231,7 @@ def test_the_outcome_at_which_it_broke_is_near_the_shift() -> None:
 
 def state(rate: float, silent: float, missing: float, missing_bound: float, n: int = 1000) -> str:
     wrong = np.random.default_rng(6).random(n) < rate
-    return standing(Watch(bound(0.05), missing_bound).after(wrong), silent=silent, missing=missing).state
+    return promise_state(Watch(bound(0.05), missing_bound).after(wrong), silent=silent, missing=missing).state
 
 
 def test_the_state_says_what_missing_outcomes_leave_open() -> None:
@@ -254,7 +256,7 @@ def test_outcomes_missing_at_random_break_no_promise_that_holds() -> None:
         random = np.random.default_rng(seed)
         wrong = random.random(1000) < 0.02
         watch = Watch(bound(0.02)).after(wrong[random.random(1000) >= 0.3])
-        broken += standing(watch, silent=0.3, missing=0.3).state == "broken"
+        broken += promise_state(watch, silent=0.3, missing=0.3).state == "broken"
     assert broken / RUNS <= LIMIT
 
 
@@ -264,4 +266,4 @@ def test_outcomes_that_are_sent_for_wrong_answers_alone_break_no_promise() -> No
     wrong = random.random(4000) < 0.02
     sent = wrong | (random.random(4000) < 0.97)
     watch = Watch(bound(0.02), 0.05).after(wrong[sent])
-    assert standing(watch, silent=0.03, missing=0.03).state == "cannot be known"
+    assert promise_state(watch, silent=0.03, missing=0.03).state == "cannot be known"

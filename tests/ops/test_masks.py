@@ -11,7 +11,7 @@ from torch import Tensor
 
 from turret.ops.dropout import Draws, Masks
 from turret.ops.structs import OF_SITE, AttentionRows, DropoutArguments, Prefixes, dropout_mask
-from turret.ops.table import of
+from turret.ops.table import ops_for
 
 KEYS = torch.randint(-(1 << 62), 1 << 62, (57,), generator=torch.Generator().manual_seed(0))
 
@@ -111,7 +111,7 @@ def test_the_share_that_is_kept_is_binomial(p: float) -> None:
 
 def mask_of(masks: Masks, x: Tensor, p: float) -> Tensor:
     """The next mask of a pass, with which it drops elements of x."""
-    return of(x).dropout(torch.ones_like(x), masks.arguments(p, lambda: masks.keys_of(x)), 1.0)
+    return ops_for(x).dropout(torch.ones_like(x), masks.arguments(p, lambda: masks.keys_of(x)), 1.0)
 
 
 def of_example(masks: Masks, row: int, lengths: list[int]) -> list[Tensor]:

@@ -12,7 +12,7 @@ from turret.ops.core import REFERENCE, Ops
 from turret.ops.cpu.compiled import library
 from turret.ops.gpu.ops import ops_with
 from turret.ops.structs import LayerNorm, Lora, RMSNorm
-from turret.ops.table import of
+from turret.ops.table import ops_for
 
 N, WIDE, NARROW = 9, 64, 32
 
@@ -66,7 +66,7 @@ def same(given: list[Tensor], wanted: list[Tensor]) -> bool:
 @pytest.mark.skipif(library() is None, reason="no kernels on this machine")
 @pytest.mark.parametrize("operation", EVERY)
 def test_the_kernels_of_a_cpu_give_the_references_numbers(operation: Callable[[Ops], list[Tensor]]) -> None:
-    kernels = of(torch.zeros(1))
+    kernels = ops_for(torch.zeros(1))
     assert kernels.kernels
     assert same(operation(kernels), operation(REFERENCE))
 

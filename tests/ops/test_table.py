@@ -14,7 +14,7 @@ from syntax import module_of
 import turret
 from turret.ops.core import REFERENCE
 from turret.ops.gpu.ops import GpuOps
-from turret.ops.table import gpu_paths_on_meta, of, without
+from turret.ops.table import gpu_paths_on_meta, ops_for, without
 
 SOURCE = Path(turret.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
@@ -46,14 +46,14 @@ def test_the_test_of_asking_sees_one(text: str) -> None:
 
 def test_the_operations_are_those_of_device_and_dtype() -> None:
     x, gpu = torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16, device="meta")
-    assert of(x) is of(x, x)
-    assert of(x, x.double()) is REFERENCE
-    assert of(x.double()) is REFERENCE
-    assert of(gpu) is REFERENCE
+    assert ops_for(x) is ops_for(x, x)
+    assert ops_for(x, x.double()) is REFERENCE
+    assert ops_for(x.double()) is REFERENCE
+    assert ops_for(gpu) is REFERENCE
     with gpu_paths_on_meta(True):
-        assert isinstance(of(gpu), GpuOps)
+        assert isinstance(ops_for(gpu), GpuOps)
     with without("kernels"):
-        assert of(x) is REFERENCE
+        assert ops_for(x) is REFERENCE
 
 
 # --- matrix products --------------------------------------------------------------------------------------------------

@@ -210,11 +210,11 @@ def test_what_happened_a_day_ago_is_told_no_more(workspace, put, monkeypatch) ->
             )
         audit.record(connection, "promote", str(version), "a", at="2999-01-01T00:00:00.000000Z", who=None)
     with workspace.store.database().writing() as connection:
-        (found,) = promises.unsent(connection)
+        (found,) = promises.unsent_alarms(connection)
         assert found.version == "a@2"
         promises.mark_sent(connection, found)
         promises.mark_sent(connection, found)  # another server did so too
-        assert promises.unsent(connection) == []
+        assert promises.unsent_alarms(connection) == []
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from turret.errors import BadReference, Forbidden, InUse, NotFound, ServeRefused, Unauthorized
 from turret.server.auth import Guard, is_loopback
 from turret.store import Store
-from turret.store.access_tokens import PREFIX, SCOPES, hash_secret, which
+from turret.store.access_tokens import PREFIX, SCOPES, hash_secret, token_with_secret
 
 CLASSIFY = {"model": "a", "input": "x"}
 
@@ -121,9 +121,9 @@ def test_a_token_is_compared_in_constant_time_with_every_one_known(tmp_path, mon
     compared = []
     monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append(a) or a == b)
     known = [kept for kept, _ in made]
-    assert which(known, made[0][1]) == known[0]
+    assert token_with_secret(known, made[0][1]) == known[0]
     assert compared == [kept.hash for kept in known]
-    assert which(known, "\ud800 not text") is None
+    assert token_with_secret(known, "\ud800 not text") is None
 
 
 def test_a_revoked_token_is_unknown_within_a_second_and_the_door_stays_closed(serve, workspace, until) -> None:

@@ -190,7 +190,7 @@ def test_the_cells_of_a_study_are_shown_while_it_runs_and_it_is_cancelled_and_re
     assert "after their step" in client.get(f"/comparisons/studies/{id}/do/cancel").text
     assert post(client, f"/comparisons/studies/{id}/do/cancel").status_code == 303
     assert queue.write_log(taken, []), "its worker is asked to end it"
-    assert queue.after(taken, None) == "cancelled"
+    assert queue.end_try(taken, None) == "cancelled"
     page = client.get(f"/comparisons/studies/{id}")
     assert "hx-get" not in page.text.partition('id="state"')[2].partition(">")[0], "nothing more will come"
     assert client.get(f"/api/studies/{id}").json()["cells"][1]["state"] == "cancelled"

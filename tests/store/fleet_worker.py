@@ -94,7 +94,7 @@ class Worker:
                 self.say("kept", run=taken.id, step=step, fence=taken.lease.fence)
                 keeper.require()
             if self.queue.write_log(taken, [f"step {step}"]):
-                self.say("ended", run=taken.id, state=self.queue.after(taken, None))
+                self.say("ended", run=taken.id, state=self.queue.end_try(taken, None))
                 return
             self.say("logged", run=taken.id, line=f"step {step}")
         if step >= 3 and self.draw.random() < 0.8:
@@ -102,7 +102,7 @@ class Worker:
             self.store.end_run(held, "finished", result=result)
             self.say("finished", run=taken.id, result=result)
         else:
-            self.say("ended", run=taken.id, state=self.queue.after(taken, self.draw.choice((None, "an outage"))))
+            self.say("ended", run=taken.id, state=self.queue.end_try(taken, self.draw.choice((None, "an outage"))))
 
     def compare(self) -> None:
         """One cell of a comparison that all workers want to conduct."""

@@ -227,7 +227,7 @@ def test_a_keeper_renews_and_notices_that_the_lease_is_lost(database, short) -> 
 def test_a_length_that_makes_no_sense_is_refused(monkeypatch, text) -> None:
     monkeypatch.setenv(leases.VARIABLE, text)
     with pytest.raises(StoreError, match=r"expected seconds from 0\.5 to 3600"):
-        leases.length()
+        leases.lease_seconds()
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def test_a_training_is_tried_three_times_with_pauses_and_then_failed(store, line
         taken = line.take()
         assert taken is not None
         assert taken.tries == tries
-        assert line.after(taken, "S3 did not answer") == ("failed" if tries == 3 else "waiting")
+        assert line.end_try(taken, "S3 did not answer") == ("failed" if tries == 3 else "waiting")
         assert line.take() is None, "not at once"
         assert (store.run(run)["ended"] is None) == (tries < 3)
         make_due(store)
@@ -187,7 +187,7 @@ def test_an_outage_of_the_stores_own_places_costs_no_try(store, line, monkeypatc
         taken = line.take()
         assert taken is not None
         assert taken.tries == 1
-        assert line.after(taken, "files s3://bucket: Service Unavailable", outage=True) == "waiting"
+        assert line.end_try(taken, "files s3://bucket: Service Unavailable", outage=True) == "waiting"
         assert "Service Unavailable" in store.run(run)["error"]
         assert line.take() is None, "not at once"
         make_due(store)
@@ -197,11 +197,11 @@ def test_a_mistake_in_a_recipe_is_not_tried_again_and_a_stopped_try_does_not_cou
     run = line.submit("a", "x")
     taken = line.take()
     assert taken is not None
-    assert line.after(taken, None) == "waiting"
+    assert line.end_try(taken, None) == "waiting"
     again = line.take()
     assert again is not None
     assert again.tries == 1
-    assert line.after(again, "no column text", again=False) == "failed"
+    assert line.end_try(again, "no column text", again=False) == "failed"
     assert state(store, run) == "failed"
 
 
@@ -216,7 +216,7 @@ def test_a_killed_workers_training_is_taken_over_and_the_worker_cannot_write(sto
     assert quick is not None
     assert (quick.id, quick.tries) == (run, 2)
     for act in (
-        lambda: line.after(slow, "late"),
+        lambda: line.end_try(slow, "late"),
         lambda: line.write_log(slow, ["late"]),
         lambda: line.adopt_training(slow),
     ):
@@ -238,7 +238,7 @@ def test_cancelled_while_it_waits_runs_or_has_lost_its_worker_it_ends(store, lin
     assert taken.id == running
     assert line.cancel(running) == "running"
     assert line.write_log(taken, ["a line"]), "its worker hears of it"
-    assert line.after(taken, None) == "cancelled"
+    assert line.end_try(taken, None) == "cancelled"
     taken = line.take()
     assert taken is not None
     lose_workers(store)
@@ -282,7 +282,7 @@ def returned(store: Store, line: JobQueue, run: str) -> None:
     """By the parent of the process that trains, while that one sleeps."""
     with store.database().reading() as connection:
         row = connection.execute(select(leases.leases)).one()
-    line.after(Job(run, "default", "x", 1, Lease(row.name, row.owner, row.fence, 30.0)), None)
+    line.end_try(Job(run, "default", "x", 1, Lease(row.name, row.owner, row.fence, 30.0)), None)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_a_worker_that_wakes_up_and_whose_run_nobody_ended_publishes(store, line
     assert (found["state"], found["result"]) == ("finished", {"version": str(version)})
     line.write_log(taken, ["the last line"], last=True)
     assert [each["line"] for each in line.log(run)] == ["the last line"]
-    assert line.after(taken, "late") is None
+    assert line.end_try(taken, "late") is None
     assert store.run(run) == found
 
 
@@ -443,7 +443,7 @@ def test_a_cell_that_failed_is_tried_again_when_it_is_submitted_again(line: JobQ
     (id,) = line.submit_cells(STUDY, [cell("one")])
     taken = line.take()
     assert taken is not None
-    assert line.after(taken, "no column text", again=False, result={"kind": "DataError"}) == "failed"
+    assert line.end_try(taken, "no column text", again=False, result={"kind": "DataError"}) == "failed"
     assert line.states([id])[id]["result"] == {"kind": "DataError"}
     assert line.submit_cells(STUDY, [cell("one")]) == [id]
     again = line.take()
@@ -470,7 +470,7 @@ def test_the_cells_of_this_process_are_in_no_queue_and_go_on_after_its_death(lin
     assert again is not None
     with pytest.raises(LeaseLost):
         line.finish(taken)
-    assert line.after(again, None) == "interrupted"
+    assert line.end_try(again, None) == "interrupted"
 
 
 def test_the_queue_takes_as_many_cells_as_its_limit_allows(line: JobQueue) -> None:

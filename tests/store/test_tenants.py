@@ -12,7 +12,7 @@ from turret.database import SCHEMA
 from turret.errors import BadReference, InUse, NotFound
 from turret.experiments import Guards
 from turret.store import Store
-from turret.store.access_tokens import which
+from turret.store.access_tokens import token_with_secret
 from turret.workspace import Workspace
 from turret.workspace.serving import StoreSource
 
@@ -172,7 +172,7 @@ def test_tokens_belong_to_a_tenant_and_keep_what_they_are_bound_to(store: Store)
     assert [token.name for token in a.list()] == ["bot"]
     assert list(store.tokens.list()) == []
     b.revoke("bot")
-    assert which(a.list(), secret) == a.list()[0]
+    assert token_with_secret(a.list(), secret) == a.list()[0]
     assert a.list()[0].lives(kept.created)
     assert not a.list()[0].lives("2999-01-01T00:00:00.000Z")
     with pytest.raises(NotFound, match="no token named 'bot'"):
@@ -186,13 +186,13 @@ def test_tokens_belong_to_a_tenant_and_keep_what_they_are_bound_to(store: Store)
 def test_a_rotation_lets_the_secret_before_it_live_for_the_overlap(store: Store) -> None:
     _, first = store.tokens.create("bot")
     kept, second = store.tokens.rotate("bot", overlap=3600)
-    assert which([kept], first) == which([kept], second) == kept
+    assert token_with_secret([kept], first) == token_with_secret([kept], second) == kept
     again, third = store.tokens.rotate("bot", overlap=3600)
-    assert which([again], first) is None
-    assert which([again], second) == which([again], third) == again
+    assert token_with_secret([again], first) is None
+    assert token_with_secret([again], second) == token_with_secret([again], third) == again
     last, fourth = store.tokens.rotate("bot", overlap=0)
-    assert which([last], third) is None
-    assert which([last], fourth) == last
+    assert token_with_secret([last], third) is None
+    assert token_with_secret([last], fourth) == last
 
 
 def test_an_engine_keeps_equal_bytes_of_two_tenants_apart(store: Store, make_bundle) -> None:

@@ -136,7 +136,7 @@ class Protocol(RuleBasedStateMachine):
             protocol.forget_abandoned(self.database)
         with self.database.reading() as connection:
             without = () if self.forget_first else protocol.abandoned_uploads(connection)
-            dead = protocol.dead(connection, walk, without=without)
+            dead = protocol.dead_copies(connection, walk, without=without)
         return multiple(*((blob.digest, blob.upload) for _, blob in dead))
 
     @rule(key=removals)

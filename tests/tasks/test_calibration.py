@@ -27,7 +27,7 @@ from turret.tasks.calibration import (
     error_by_share,
     fit,
     reliability,
-    require,
+    require_calibration,
     scores,
 )
 from turret.tasks.classify import Classify
@@ -248,7 +248,7 @@ def test_a_coverage_that_the_examples_cannot_give_is_one_line() -> None:
     with pytest.raises(
         AdapterError, match="news@1 has no calibration, which a coverage needs: train it again with a v"
     ):
-        require(None, "news@1")
+        require_calibration(None, "news@1")
     with pytest.raises(DataError, match="needs a calibration"):
         classifier().label_sets(torch.zeros(1, len(LABELS)), 0.9)
 

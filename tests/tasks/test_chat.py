@@ -26,7 +26,7 @@ from turret.tasks.chat import Chat
 from turret.tasks.chat_template import ChatTemplate, helper, render_template
 from turret.train.batches import EncodedRow, EncodedRows
 from turret.train.evaluation import example_losses
-from turret.train.step import loss_of
+from turret.train.losses import loss_of
 
 TURNS = tuple(Turn(role, content) for role, content in chats.ASKED)
 SYSTEM = Turn("system", chats.SYSTEM)

@@ -10,7 +10,7 @@ import small_models
 from turret.compare.evaluation_page import as_html
 from turret.compare.results import Details
 from turret.data import Conversation, Labelled, Pair, Preferred, Scored, TextPair, Turn
-from turret.tasks import TASKS, main_metric, measure_of, measuring
+from turret.tasks import TASKS, main_metric, measure_of, task_measured_by
 from turret.tasks.chat import Chat
 from turret.tasks.classify import Classify
 from turret.tasks.generate import Generate
@@ -162,7 +162,7 @@ def test_metrics_alone_say_which_task_they_are_of(values: dict[str, Any], kind: 
     for known in (None, kind):
         assert main_metric(values, known) == main
         assert measure_of("loss", values, known).unit == unit
-    assert measuring(values).metric == TASKS[kind].metric
+    assert task_measured_by(values).metric == TASKS[kind].metric
 
 
 def test_every_task_describes_its_own_metric_and_loss() -> None:

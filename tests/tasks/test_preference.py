@@ -26,8 +26,8 @@ from turret.tasks.preference import Preference
 from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRows, encode
 from turret.train.evaluation import evaluate
+from turret.train.losses import compare_answers, eval_mode, loss_of, mount_reference
 from turret.train.slot import LocalSlot
-from turret.train.step import compare_answers, loss_of, mount_reference, still
 from turret.workspace import Workspace
 
 ROWS = [
@@ -124,7 +124,7 @@ def test_dpo_is_its_formula_on_pefts_model_with_the_adapter_on_and_off(beta: flo
     task = task_on(base, beta=beta)
     adapter = adapters.extract(base.model)
     rows = encode(task, ROWS)
-    with still(base.model), torch.no_grad():
+    with eval_mode(base.model), torch.no_grad():
         found = float(loss_of(base.model, task, rows))
         compared = compare_answers(base.model, task, rows)
     adapters.detach(base.model)
@@ -165,11 +165,11 @@ def test_a_stored_version_is_the_reference_as_pefts_second_adapter_is() -> None:
     mount_reference(base, base.model)
     assert set(adapters.trainable_parameters(base.model)) == trained, "the reference does not train"
     assert base.model.training
-    with still(base.model), torch.no_grad():
+    with eval_mode(base.model), torch.no_grad():
         compared = compare_answers(base.model, task, rows)
         against_base = compare_answers(base.model, task_on(base), rows)
     model = other.model
-    with torch.no_grad(), still(model):
+    with torch.no_grad(), eval_mode(model):
         for place, row in enumerate(rows):
             expected = [float(log_probabilities(model, row.source, each).sum()) for each in (row.target, row.rival)]
             assert compared.reference[place].tolist() == pytest.approx(expected, abs=1e-4)
@@ -182,7 +182,7 @@ def test_the_reference_of_a_training_of_all_weights_is_on_the_bases_own() -> Non
     adapters.attach(base.model, method, generator=torch.Generator().manual_seed(5))
     second = adapters.Adapter(method, *adapters.extract(base.model)[:2], base.info)
     rows = encode(task_on(base), ROWS)
-    with still(base.model), torch.no_grad():
+    with eval_mode(base.model), torch.no_grad():
         expected = compare_answers(base.model, task_on(base), rows).scores
     adapters.detach(base.model)
     adapters.attach(base.model, Full())
@@ -191,7 +191,7 @@ def test_the_reference_of_a_training_of_all_weights_is_on_the_bases_own() -> Non
     with torch.no_grad():
         for weight in adapters.trainable_parameters(base.model).values():
             weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
-    with still(base.model), torch.no_grad():
+    with eval_mode(base.model), torch.no_grad():
         found = compare_answers(base.model, task_on(base, reference="helper@3"), rows)
     assert torch.allclose(found.reference, expected, atol=1e-4)
     assert not torch.allclose(found.scores, expected, atol=1e-2), "the control: the trained weights are others"
@@ -203,7 +203,7 @@ def test_a_training_that_begins_as_its_reference_begins_at_ln_2() -> None:
     base = dataclasses.replace(base, reference=adapters.StoredAdapter("helper@3", "sha256:0", own))
     mount_reference(base, base.model)
     rows = encode(task_on(base), ROWS)
-    with still(base.model), torch.no_grad():
+    with eval_mode(base.model), torch.no_grad():
         found = float(loss_of(base.model, task_on(base, reference="helper@3"), rows))
         bare = float(loss_of(base.model, task_on(base), rows))
     assert found == pytest.approx(math.log(2), abs=1e-6)
@@ -219,12 +219,12 @@ def test_orpo_is_its_formula() -> None:
     base = attached()
     task = task_on(base, loss="orpo", beta=0.4)
     rows = encode(task, ROWS)
-    with still(base.model), torch.no_grad():
+    with eval_mode(base.model), torch.no_grad():
         found = float(loss_of(base.model, task, rows))
         compared = compare_answers(base.model, task, rows)
     assert compared.reference is None
     model, losses, tokens = base.model, [], []
-    with still(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         for row in rows:
             p, q = (log_probabilities(model, row.source, each).mean().exp() for each in (row.target, row.rival))
             losses.append(-0.4 * F.logsigmoid(torch.log(p / (1 - p)) - torch.log(q / (1 - q))))

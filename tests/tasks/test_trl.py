@@ -24,8 +24,8 @@ from turret.tasks import make_task
 from turret.train.adamw import AdamW
 from turret.train.batches import encode
 from turret.train.initialize import extract_adapter
+from turret.train.losses import mount_reference
 from turret.train.slot import LocalSlot
-from turret.train.step import mount_reference
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install --no-deps trl")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]

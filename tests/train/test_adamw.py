@@ -93,7 +93,10 @@ def test_a_run_that_was_stopped_resumes_to_the_same_bits(tmp_path: Path) -> None
 def test_without_the_library_one_line_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
     made: Any = tiny_training.recipe(train__optimizer="adamw8bit")
-    with quantized.hidden("bitsandbytes"), pytest.raises(TrainingError, match=r"pip install 'turret\[quantized\]'"):
+    with (
+        quantized.hide_package("bitsandbytes"),
+        pytest.raises(TrainingError, match=r"pip install 'turret\[quantized\]'"),
+    ):
         require_optimizer(made)
     require_optimizer(tiny_training.recipe())  # the control
 

@@ -21,7 +21,7 @@ from turret.errors import TrainingError
 from turret.methods import Full, Head, LoRA, Method, Peft, Prefix
 from turret.methods.method import FEWEST_EPOCHS, LARGE_BASE, MOST_EPOCHS
 from turret.recipe import Recipe
-from turret.train import filled
+from turret.train import fill_recipe
 from turret.train.evaluation import evaluate
 from turret.train.initialize import attach
 from turret.train.training_plan import Plan
@@ -79,10 +79,10 @@ def test_a_prefix_without_its_mlp_has_a_rate_of_its_own_by_family() -> None:
     ],
 )
 def test_few_examples_are_read_more_often(method: str, examples: int, epochs: int) -> None:
-    made = filled(Recipe(name="t", base="b", data="t.csv", method=method), tiny.base("bert"), "classify", examples)
+    made = fill_recipe(Recipe(name="t", base="b", data="t.csv", method=method), tiny.base("bert"), "classify", examples)
     assert made.train.epochs == epochs
     assert made.train.lr is not None
-    assert filled(made, tiny.base("bert"), "classify", 10**6) == made  # what was filled in stays
+    assert fill_recipe(made, tiny.base("bert"), "classify", 10**6) == made  # what was filled in stays
 
 
 @pytest.mark.parametrize(
@@ -91,32 +91,32 @@ def test_few_examples_are_read_more_often(method: str, examples: int, epochs: in
 def test_lora_reads_the_examples_of_many_classes_more_often(method: str, outputs: int, epochs: int) -> None:
     on = tiny.base("bert")
     on.model.config.num_labels = outputs
-    made = filled(Recipe(name="t", base="b", data="t.csv", method=method), on, "classify", 1000)
+    made = fill_recipe(Recipe(name="t", base="b", data="t.csv", method=method), on, "classify", 1000)
     assert made.train.epochs == epochs
 
 
 def test_a_pair_of_texts_is_read_three_times() -> None:
-    made = filled(Recipe(name="t", base="b", data="t.csv"), tiny.base("llama", "generate"), "summarize", 200)
+    made = fill_recipe(Recipe(name="t", base="b", data="t.csv"), tiny.base("llama", "generate"), "summarize", 200)
     assert made.train.epochs == 3
 
 
 def test_what_a_recipe_states_is_kept() -> None:
     stated = {"method": {"kind": "prefix", "reparametrize": True}, "train": {"epochs": 2, "lr": 1e-3}}
     made = Recipe.model_validate({"name": "t", "base": "b", "data": "t.csv", **stated})
-    assert filled(made, tiny.base("bert"), "classify", 24) == made
+    assert fill_recipe(made, tiny.base("bert"), "classify", 24) == made
     assert Recipe.from_toml(made.to_toml()) == made
 
 
 def test_a_head_beside_lora_moves_faster_unless_the_recipe_states_a_rate() -> None:
     def ratio(**train: object) -> float | None:
         made = Recipe.model_validate({"name": "t", "base": "b", "data": "t.csv", "train": train})
-        after = filled(made, tiny.base("bert"), "classify", 24)
-        assert filled(after, tiny.base("bert"), "classify", 24) == after
+        after = fill_recipe(made, tiny.base("bert"), "classify", 24)
+        assert fill_recipe(after, tiny.base("bert"), "classify", 24) == after
         found: float | None = after.train.head_lr_ratio
         return found
 
     assert [ratio(), ratio(lr="auto"), ratio(lr=1e-3), ratio(lr=1e-3, head_lr_ratio=3.0)] == [10, 10, None, 3]
-    pairs = filled(Recipe(name="t", base="b", data="t.csv"), tiny.base("llama", "generate"), "summarize", 24)
+    pairs = fill_recipe(Recipe(name="t", base="b", data="t.csv"), tiny.base("llama", "generate"), "summarize", 24)
     assert pairs.train.head_lr_ratio is None
 
 
@@ -158,10 +158,10 @@ def test_a_recipe_on_its_way_to_a_version_is_filled_once(tmp_path: Path, lr: str
     with watching() as entered:
         entered.on = True
         result = workspace.train(recipe, fresh=True)
-        times = entered.of(filled)
+        times = entered.of(fill_recipe)
         planned = workspace.plan(recipe).recipe
     assert times == 1
-    assert entered.of(filled) == 2  # the control: a plan on its own fills its recipe too
+    assert entered.of(fill_recipe) == 2  # the control: a plan on its own fills its recipe too
     stored = Recipe.from_toml(workspace.run(result.run)["recipe"])
     assert (stored.train.epochs, stored.train.head_lr_ratio) == (planned.train.epochs, planned.train.head_lr_ratio)
     assert isinstance(stored.train.lr, float)
@@ -189,14 +189,14 @@ def test_a_recipe_whose_defaults_are_not_filled_in_is_refused(missing: str) -> N
 
 def test_auto_is_left_to_the_trials() -> None:
     made = Recipe.model_validate({"name": "t", "base": "b", "data": "t.csv", "train": {"lr": "auto"}})
-    assert filled(made, tiny.base("bert"), "classify", 24).train.lr == "auto"
+    assert fill_recipe(made, tiny.base("bert"), "classify", 24).train.lr == "auto"
 
 
 @pytest.mark.parametrize("preset", ["book-lora", "book-prefix"])
 def test_the_textbooks_values_stay_the_textbooks(preset: str) -> None:
     made = Recipe.load(preset)
     on = tiny.base("bert") if preset == "book-lora" else tiny.base("t5", "generate")
-    after = filled(made, on, "classify" if preset == "book-lora" else "summarize", 10)
+    after = fill_recipe(made, on, "classify" if preset == "book-lora" else "summarize", 10)
     assert after.train == made.train
     assert after.method.model_dump(exclude={"reparametrize"}) == made.method.model_dump(exclude={"reparametrize"})
 
@@ -216,7 +216,7 @@ def test_a_step_moves_the_keys_and_values_of_an_encoder_by_the_rate(reparametriz
     on, data = tiny.base("bert"), tiny.dataset(train=8)
     made = tiny.recipe(method="prefix", train__epochs=1, train__warmup=0)
     made = made.model_copy(update={"method": Prefix(reparametrize=reparametrize)})
-    attach(filled(made, on, "classify", 8), on, tiny.task_of(made, data, on))
+    attach(fill_recipe(made, on, "classify", 8), on, tiny.task_of(made, data, on))
     before, _, _ = adapters.extract(on.model)
     adapters.detach(on.model)
     records, fitted = tiny.train(fit(made, on, tiny.task_of(made, data, on), data))

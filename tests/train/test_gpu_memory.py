@@ -21,8 +21,8 @@ from turret.ops.gpu.ops import gpu_paths_on_meta
 from turret.train import memory
 from turret.train.batches import EncodedRow, encode
 from turret.train.initialize import attach
+from turret.train.losses import backward, loss_of
 from turret.train.memory import SavedForBackward, Work, predict_on_gpu, refusal, saved_by
-from turret.train.step import backward, loss_of
 
 WORK = Work(rows=2, source=24, target=8, written=8)
 LARGE = LlamaConfig(

@@ -78,12 +78,12 @@ def clouds(classes: int, count: int = 120, width: int = 6) -> tuple[torch.Tensor
 @pytest.mark.parametrize("penalty", [1.0, 0.01])
 def test_the_solution_is_that_of_scikit_learn(classes: int, penalty: float) -> None:
     x, y = clouds(classes)
-    found = solve(x, y, F.cross_entropy, penalty, classes)
+    weight, bias = solve(x, y, F.cross_entropy, penalty, classes)
     z = ((x - x.mean(0)) / x.std(0, correction=0)).numpy()
     # two classes have one row of weights there, and two here, of opposite sign and half the penalty each
     strength = 1 / (len(x) * penalty) * (2 if classes == 2 else 1)
     known = LogisticRegression(C=strength, max_iter=5000, tol=1e-8).fit(z, y)
-    ours = (x @ found.weight.T + found.bias).softmax(-1).numpy()
+    ours = (x @ weight.T + bias).softmax(-1).numpy()
     assert np.abs(ours - known.predict_proba(z)).max() < 2e-3
     random = torch.randn(classes, x.shape[1]) / x.std(0)
     assert np.abs((x @ random.T).softmax(-1).numpy() - known.predict_proba(z)).max() > 0.1, "the control"
@@ -112,8 +112,8 @@ def test_classes_of_one_or_two_examples_do_not_make_the_penalty_large() -> None:
     x, fresh = cloud(y), cloud(torch.arange(60))
     right = []
     for penalty in (cross_validated(x, y, F.cross_entropy, 60)[0], PENALTIES[0]):
-        found = solve(x, y, F.cross_entropy, penalty, 60)
-        right.append(float(((fresh @ found.weight.T + found.bias).argmax(1) == torch.arange(60)).float().mean()))
+        weight, bias = solve(x, y, F.cross_entropy, penalty, 60)
+        right.append(float(((fresh @ weight.T + bias).argmax(1) == torch.arange(60)).float().mean()))
     assert right[0] > 0.95
     assert right[1] < 0.2, "the control: with the largest penalty the frequent classes win"
 
@@ -125,8 +125,8 @@ def share_right(
     read = torch.cat([x * (torch.rand(x.shape, generator=draw) > 0.5) / 0.5 for _ in range(draws)])
     wanted = y.repeat(draws)
     penalty, _ = cross_validated(read, wanted, F.cross_entropy, classes, draws)
-    found = solve(read, wanted, F.cross_entropy, penalty, classes)
-    return float(((fresh @ found.weight.T + found.bias).argmax(1) == y).float().mean())
+    weight, bias = solve(read, wanted, F.cross_entropy, penalty, classes)
+    return float(((fresh @ weight.T + bias).argmax(1) == y).float().mean())
 
 
 def test_few_examples_are_read_with_several_draws_of_dropout() -> None:

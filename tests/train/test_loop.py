@@ -27,9 +27,9 @@ from turret.train.batches import EncodedRows
 from turret.train.curve import read_curve
 from turret.train.evaluation import evaluate
 from turret.train.initialize import attach
+from turret.train.losses import loss_of
 from turret.train.memory import explain_out_of_memory
 from turret.train.slot import LocalSlot
-from turret.train.step import loss_of
 from turret.train.training_plan import Prediction
 
 

@@ -13,8 +13,8 @@ from tiny_training import fit
 
 from turret.engine.protocol import OptimStep
 from turret.errors import LossNotFinite
+from turret.train.losses import FIRST, PATIENCE, LossScale
 from turret.train.slot import LocalSlot
-from turret.train.step import FIRST, PATIENCE, LossScale
 
 STEP = OptimStep(1e-3, clip=None)
 

@@ -22,8 +22,8 @@ from turret.ops.dropout import Draws
 from turret.ops.table import without
 from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRow, EncodedRows
+from turret.train.losses import loss_of
 from turret.train.slot import LocalSlot
-from turret.train.step import loss_of
 
 METHODS: dict[str, Method] = {
     "lora": LoRA(r=2, lora_dropout=0.3, init_lora_weights=False),

@@ -23,7 +23,7 @@ from turret.ops.structs import GRADIENT_STAYS
 from turret.recipe import Recipe
 from turret.train.adamw import AdamW, learning_rate, warmup_steps
 from turret.train.initialize import optimiser_of
-from turret.train.step import backward
+from turret.train.losses import backward
 
 
 def twins() -> tuple[nn.Module, nn.Module]:

@@ -275,7 +275,7 @@ def test_a_prediction_of_activations_is_what_autograd_keeps() -> None:
 
 def test_resident_and_peak_memory_are_read() -> None:
     memory.reset_peak()
-    before = memory.resident()
+    before = memory.resident_bytes()
     block = bytearray(50_000_000)
     assert memory.peak() >= before + 40_000_000
     del block

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from turret.train.lr_finder import Score, better, search
+from turret.train.lr_finder import Score, is_better, search
 from turret.train.training_plan import FEWEST_HELD, MOST_HELD, MOST_STEPS, MOST_TRIALS, FoundRate, size_of
 
 
@@ -57,10 +57,10 @@ def test_a_difference_within_two_standard_errors_is_noise() -> None:
     noise = [chance.gauss(0, 1) for _ in range(100)]
     one = Score(tuple(noise), (1,) * 100)
     spread = [chance.gauss(0.02, 1) + each for each in noise]
-    assert not better(one, Score(tuple(spread), (1,) * 100))
-    assert better(one, Score(tuple(each + 0.02 for each in noise), (1,) * 100))
-    assert not better(Score(tuple(each + 0.02 for each in noise), (1,) * 100), one)
-    assert not better(one, one)
+    assert not is_better(one, Score(tuple(spread), (1,) * 100))
+    assert is_better(one, Score(tuple(each + 0.02 for each in noise), (1,) * 100))
+    assert not is_better(Score(tuple(each + 0.02 for each in noise), (1,) * 100), one)
+    assert not is_better(one, one)
 
 
 def test_an_example_counts_by_its_target_tokens() -> None:
@@ -68,7 +68,7 @@ def test_an_example_counts_by_its_target_tokens() -> None:
     one = Score(tuple(2.0 * weight for weight in weights), weights)
     other = Score(tuple(2.1 * weight for weight in weights), weights)
     assert one.mean == pytest.approx(2.0)
-    assert better(one, other)  # the same gain a token everywhere: no noise at all
+    assert is_better(one, other)  # the same gain a token everywhere: no noise at all
 
 
 def test_a_trial_is_a_fifth_of_the_run_within_bounds_and_too_little_gives_a_reason() -> None:

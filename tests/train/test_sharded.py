@@ -212,10 +212,10 @@ def test_fsdp2_renames_a_layers_class_and_the_layer_still_computes_as_one_operat
     try:
         model = small_models.build("llama", "generate")
         layer, names = model.model.layers[0], family_of(model.config).fast.layers
-        assert layers.named(layer, names)
+        assert layers.is_of_class(layer, names)
         fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
         assert type(layer).__name__ not in names, "the control: it has a class of its own now"
-        assert layers.named(layer, names)
-        assert not layers.named(model.model.norm, names)
+        assert layers.is_of_class(layer, names)
+        assert not layers.is_of_class(model.model.norm, names)
     finally:
         dist.destroy_process_group()

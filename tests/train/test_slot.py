@@ -21,7 +21,7 @@ from turret.engine import Engine, Limits, Loss, Named, OptimStep, SamplingParams
 from turret.errors import AdapterError, LossNotFinite, NotFound, OutOfMemory, TrainingError
 from turret.methods import Full, LoRA, Prefix
 from turret.ops.dropout import Draws
-from turret.train import step
+from turret.train import losses
 from turret.train.batches import encode
 from turret.train.slot import LocalSlot, TrainingSlot
 
@@ -222,7 +222,7 @@ def test_a_loss_over_the_batch_is_that_of_all_rows_at_once(family: str, tmp_path
         def plain() -> Tensor:
             local.optimiser.zero_gradients()
             targets = slot.task.targets(rows) if classify else torch.tensor([each.weight for each in items])
-            apart(step._outputs(local.model, slot.task, items), targets).backward()
+            apart(losses._outputs(local.model, slot.task, items), targets).backward()
             return local.optimiser.gradients.clone()
 
         wanted = slot._run(plain)
@@ -246,7 +246,7 @@ def test_a_loss_over_the_batch_computes_with_the_same_dropout_again(engine: Engi
         def plain(number: int = 1) -> Tensor:
             local.optimiser.zero_gradients()
             with drawing(local.model, Draws(local.seed, number), range(len(LABELLED))):
-                outputs = step._outputs(local.model, other.task, encode(other.task, LABELLED))
+                outputs = losses._outputs(local.model, other.task, encode(other.task, LABELLED))
                 apart(outputs, other.task.targets(LABELLED)).backward()
             return local.optimiser.gradients.clone()
 

@@ -277,7 +277,7 @@ def test_a_classifier_is_measured_by_the_logits_that_it_serves(method: str, dtyp
 
     def on_the_slot(examples: Sequence[Any]) -> torch.Tensor:
         sources = [each.ids for each in ready.task.encode_sources([each.input for each in examples])]
-        with evaluation.evaluating(fitted.model, None):
+        with evaluation.evaluation_mode(fitted.model, None):
             return torch.cat(evaluation.class_logits(fitted.model, [(each, None) for each in sources], 2048))
 
     trained = on_the_slot(checks), on_the_slot(tests)

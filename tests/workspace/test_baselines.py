@@ -13,6 +13,7 @@ import small_models
 import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
+from small_tables import write_jsonl
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from turret.adapters import detach
@@ -21,6 +22,7 @@ from turret.engine import untrained
 from turret.engine.untrained import Question
 from turret.recipe import Recipe
 from turret.store import Store
+from turret.tasks import TASKS, task_of
 from turret.tasks.chat import bare_chat
 from turret.workspace import measure, training
 from turret.workspace.resident import PreparedTraining
@@ -128,6 +130,52 @@ def test_linear_grades_by_a_regression_for_each_level_but_the_last(tmp_path: Pat
     assert set(found["answers"]) == {"0", "1", "2", "3"}
     assert found["metrics"]["nearness"] > 0.85
     assert found["parameters"]["trainable"] == 3 * (ready.base.model.config.hidden_size + 1)
+
+
+ROWS = {
+    "classify": lambda word, row: {"text": word, "label": ("good", "bad")[row % 2]},
+    "text_pairs": lambda word, row: {"premise": word, "hypothesis": word, "label": ("same", "other")[row % 2]},
+    "regression": lambda word, row: {"text": word, "label": row + 0.5},
+    "score": lambda word, row: {"text": word, "label": row % 4},
+    "rerank": lambda word, row: {"query": word, "passage": f"{word} {row}", "relevance": row % 2},
+    "questions": lambda word, row: {"text": word, "urgent": ("yes", "no")[row % 2], "topic": "abc"[row % 3]},
+    "token_classification": lambda word, row: {"tokens": word.split(), "tags": ["B-X"] + ["O"] * word.count(" ")},
+    "embedding": lambda word, row: {"anchor": word, "positive": f"{word} {row}"},
+    "preference": lambda word, row: {"prompt": word, "chosen": "great film", "rejected": f"dull {row}"},
+    "chat": lambda word, row: {
+        "messages": [{"role": "user", "content": word}, {"role": "assistant", "content": f"film {row}"}]
+    },
+    "generate": lambda word, row: {"instruction": word, "output": f"film {row}"},
+    "summarize": lambda word, row: {"document": f"{word}. More.", "summary": f"film {row}"},
+}
+NAMED = {"regression": "label", "score": "label", "questions": ["urgent", "topic"]}  # columns that are not guessed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "which"), [(kind, each) for kind in TASKS for each in ("base", *task_of(kind).baselines)]
+)
+def test_every_baseline_of_every_task_is_measured(tmp_path: Path, kind: str, which: str) -> None:
+    generates = task_of(kind).generates or task_of(kind).two_answers
+    small_models.save_base("llama" if generates else "bert", tmp_path / "base")
+    data = write_jsonl(
+        tmp_path / "rows.jsonl",
+        [ROWS[kind](f"{(GOOD if row % 2 else BAD)[row // 2 % 3]} number {row // 3}", row) for row in range(60)],
+    )
+    named = {"text": "text", "label": NAMED[kind]} if kind in NAMED else {}
+    made = Recipe.model_validate(
+        {
+            "name": "table",
+            "base": str(tmp_path / "base"),
+            "data": {"source": str(data), "test": 20, **named},
+            "task": {"kind": kind},
+        }
+    )
+    ready = training.prepare(Store(tmp_path / "store"), made, training.Callbacks())
+    found = asked(which, ready)
+    assert len(found["scores"]) == len(ready.dataset.test) == 20
+    assert np.isfinite(found["scores"]).all()
+    assert ready.task.metric in found["metrics"]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from turret.train.slot import LocalSlot
 from turret.train.training_plan import Plan
 from turret.workspace.resident import PreparedTraining, checkpoints_for, choose_for, pass_tokens_for, predicted_for
 from turret.workspace.results import Planned
-from turret.workspace.training import lighter
+from turret.workspace.training import with_checkpoints
 
 MB = 1_000_000
 
@@ -126,13 +126,13 @@ def test_a_measured_plan_that_does_not_fit_its_gpu_is_tried_once_with_checkpoint
     def planned(checks: list[Check]) -> Planned:
         return Planned(ready.recipe, Plan(tuple(checks), None, None, 1, 1e-3, None, 1), [])
 
-    found = lighter(ready, planned(refused))
+    found = with_checkpoints(ready, planned(refused))
     assert found is not None
     assert found.base.checkpoints == "without it 9.0 GB, 8.0 GB free"
-    assert lighter(found, planned(refused)) is None  # once
-    assert lighter(ready, planned([])) is None
-    assert lighter(ready, planned([*refused, Check("labels", "refuse", "one class", "more")])) is None
-    assert lighter(replace(ready, device=ChosenDevice(CPU, "as asked for")), planned(refused)) is None
+    assert with_checkpoints(found, planned(refused)) is None  # once
+    assert with_checkpoints(ready, planned([])) is None
+    assert with_checkpoints(ready, planned([*refused, Check("labels", "refuse", "one class", "more")])) is None
+    assert with_checkpoints(replace(ready, device=ChosenDevice(CPU, "as asked for")), planned(refused)) is None
     rows = {row.name: row.text for row in plan(*found.parts, measured=False).checks}
     assert rows["checkpoint_layers"].endswith("a step computes the layers twice: without it 9.0 GB, 8.0 GB free")
     assert "checkpoint_layers" not in {row.name for row in plan(*ready.parts, measured=False).checks}

@@ -22,7 +22,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from turret.cli.main import run
 from turret.compare.results import Details, RunReport
 from turret.data import Prompt, TextPair, Turn
-from turret.data.table_writer import TableWriter, TextForm, harmless
+from turret.data.table_writer import TableWriter, TextForm, escape_formula
 from turret.errors import AdapterError, DataError, NotFound
 from turret.recipe import Recipe
 from turret.tasks import Mistake
@@ -581,7 +581,7 @@ def test_a_mistake_that_is_a_formula_is_harmless_in_the_table_of_mistakes(traine
 
 @pytest.mark.parametrize("text", ["", "a", "a=b", " =1", "1", "-1", "+.5", "-1e9", "e"])
 def test_a_harmless_text_stays_as_it_is(text: str) -> None:
-    assert harmless(text) == text
+    assert escape_formula(text) == text
 
 
 def test_a_table_writer_keeps_numbers_exact_and_has_no_nan(tmp_path) -> None:

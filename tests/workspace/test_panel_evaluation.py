@@ -19,7 +19,7 @@ from turret.engine.runner import Runner
 from turret.errors import AdapterError, BadArgument, DataError, NotFound
 from turret.recipe import Recipe
 from turret.store import Question, promises
-from turret.tasks import chances
+from turret.tasks import label_probabilities
 
 pytestmark = pytest.mark.slow  # real trainings
 
@@ -98,7 +98,7 @@ def later(workspace: Workspace) -> Path:
 def answered(workspace: Workspace, version: str, part: str) -> list[tuple[str, float]]:
     """The most probable label of each text of the table, and its probability, as `predict` gives them."""
     answers = workspace.predict(version, [row[1] for row in tickets(400, 90, wrong=6)])
-    every = [chances(answer, part) for answer in answers]
+    every = [label_probabilities(answer, part) for answer in answers]
     return [max(each.items(), key=lambda pair: pair[1]) for each in every]
 
 

@@ -111,7 +111,7 @@ def test_a_merge_without_the_library_says_that_nothing_was_measured(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
-    with quantized.hidden("bitsandbytes"):
+    with quantized.hide_package("bitsandbytes"):
         notes = trained.workspace.export("reviews", tmp_path / "merged", form="merged").notes
         assert any("was not measured" in note for note in notes)
         with pytest.raises(BaseModelError, match=r"pip install 'turret\[quantized\]'"):

@@ -477,7 +477,7 @@ def test_a_takeover_by_other_libraries_starts_over_and_says_so(tmp_path, workspa
 
         with pytest.raises(Interrupted):
             train_queued(store, held, Callbacks(stop_after_two))
-        JobQueue.of(store).after(held[0], None)
+        JobQueue.of(store).end_try(held[0], None)
         if key is not None:
             forge(held[1].checkpoint, key)
         held = taken_up(store)

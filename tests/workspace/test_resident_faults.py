@@ -178,7 +178,7 @@ class Instant:
 
     def run(self, taken: Job, tell: Say, stop: Callable[[], bool]) -> Failure | None:
         time.sleep(self._pauses.choice((0.0, 1e-3, 5e-3)))
-        self._queue.after(taken, "done", again=False)
+        self._queue.end_try(taken, "done", again=False)
         self._ended()
         return Failure("done", 1)
 

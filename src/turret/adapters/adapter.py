@@ -147,6 +147,15 @@ def cpu_copy(value: Tensor) -> Tensor:
     return value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype).contiguous().clone()
 
 
+def rename_paths(tensors: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
+    """The same tensors, with another start of the paths of their layers."""
+    start = f"{LORA_PREFIX}{old}"
+    return {
+        f"{LORA_PREFIX}{new}{name.removeprefix(start)}" if name.startswith(start) else name: value
+        for name, value in tensors.items()
+    }
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite. A finite sum proves it in one fast pass."""
     return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())

@@ -23,7 +23,7 @@ from turret.ops.attention import BlockLayout, BlockSide, attend, attend_rows
 from turret.ops.core import to_device
 from turret.ops.dropout import Masks
 from turret.ops.structs import NO_DROPOUT, AttentionRows, DropoutArguments, Prefixes
-from turret.ops.table import of
+from turret.ops.table import ops_for
 from turret.transformer import Submodule
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def relative_bias(hooked: Hooked, relative: Tensor) -> Tensor:
 
 def _attend_unpadded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """Each row of an unpadded batch attends to itself, or in cross-attention to its source. -> (1, H, N, D)"""
-    ops, masks = of(q, k, v), hooked.context.masks or Masks()
+    ops, masks = ops_for(q, k, v), hooked.context.masks or Masks()
     stream = "encoder" if hooked.site.group == "encoder" else "decoder"
     dropped = masks.arguments(call.dropout, lambda: masks.tokens(stream, q.device))
     if call.softcap is None and ops.attends:
@@ -379,8 +379,7 @@ def _layout(hooked: Hooked, device: torch.device) -> BlockLayout:
         queries = context.spans("encoder" if site.group == "encoder" else "decoder")
         keys = context.spans("encoder") if site.group == "cross" else queries
         context.memo[key] = BlockLayout.of(queries, keys, kinds, device)
-    layout: BlockLayout = context.memo[key]
-    return layout
+    return context.memo[key]
 
 
 def _block_bias(hooked: Hooked, queries: BlockSide, keys: BlockSide, window: int | None, q: Tensor) -> Tensor | None:
@@ -416,8 +415,7 @@ def _row_bias(hooked: Hooked, t: int, s: int, window: int | None, q: Tensor) -> 
         if hooked.bias_module is not None:
             bias = bias + relative_bias(hooked, relative).to(q.dtype)
         memo[key] = bias
-    found: Tensor = memo[key]
-    return found
+    return memo[key]
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -49,8 +49,7 @@ class RoutedModule(nn.Module):
             key = str(slot)
             module = self.slots[key] if key in self.slots else self.base_module  # noqa: SIM401 (a ModuleDict has no get)
             weight = next(module.parameters(), rows)
-            output: Tensor = module(rows.to(weight.dtype), *args, **kwargs)
-            return output
+            return module(rows.to(weight.dtype), *args, **kwargs)
 
         slot = self.context.single()
         if slot is not None or self.context.in_body:  # inside a body, a pooler's output on unpadded tokens is not used
@@ -285,7 +284,7 @@ def hook_model(model: Model, *, plain: bool = False) -> HookedModel:
     handles = [stack.register_forward_pre_hook(_refresher(attached, groups)) for stack, groups in family.stacks(model)]
     handles += hook_positions(model, family, attached.context, attached.prefix_length)
     bias_undo = hook_bias(bias_modules.values(), family, attached.context)
-    hook_undo = [] if plain else layers.hook(model, family.fast, attached.context)
+    hook_undo = [] if plain else layers.hook_layers(model, family.fast, attached.context)
     attached.context.draws_alone = plain or family.fast.layout is None
 
     def undo() -> None:
@@ -317,7 +316,9 @@ def _replace_modules(model: nn.Module, attached: HookedModel) -> None:
             _replace(model, attached, path, RoutedDropout(module, attached.context, attached.family.stream(path)))
         elif type(module).__name__ in fast.rms_norms:
             _replace(model, attached, path, layers.FrozenNorm(module, attached.context, fast.narrow_norms))
-        elif type(module).__name__ in fast.added_norms and path == layers.narrowing(attached.sites[-1].name):
+        elif type(module).__name__ in fast.added_norms and path == layers.attention_output_path(
+            attached.sites[-1].name
+        ):
             attached.narrows = True
             _replace(model, attached, path, layers.NarrowedOutput(module, attached.context))
 
@@ -338,7 +339,7 @@ def _refresher(attached: HookedModel, groups: tuple[str, ...]) -> Callable[[nn.M
             slot = attached.context.single()
             if slot is None:
                 raise AdapterError("an adapter of PEFT needs a batch of its own: put other rows into another batch")
-            peft_backend.switch(attached.guest, slot == ATTACHED)
+            peft_backend.switch_layers(attached.guest, slot == ATTACHED)
         for module in attached.prefixes.values():
             assert isinstance(module, PREFIXES)
             for group in groups:
@@ -538,8 +539,7 @@ def _positions(tokens: Tensor, mask: Tensor | None, cache: _Cache | None) -> Ten
     """Positions of padded rows, (B, T), if the caller gave none: padding on either side does not count."""
     length = tokens.shape[1]
     if mask is not None and mask.dim() == 2:
-        counted: Tensor = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        return counted
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
     past = cache.get_seq_length() if cache is not None else 0
     return torch.arange(past, past + length, device=tokens.device)[None]
 

@@ -11,28 +11,24 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from turret import quantized
-from turret.adapters.attention import AttentionCall, attend_in_pass, rows_and_prefixes
+from turret.adapters.attention import AttentionCall, Hooked, attend_in_pass, rows_and_prefixes
 from turret.adapters.batch_context import BARE, AdapterPoolProtocol, BatchContext
 from turret.adapters.lora import LayerChange, LoRAFactors
 from turret.families.family import FastPaths, Layout
 from turret.ops import lora
-from turret.ops.blocks import OUT, Normed, PostNorm, PreNorm, Training, frozen_rms_norm, train
+from turret.ops.blocks import OUT, Block, Normed, PostNorm, PreNorm, Training, frozen_rms_norm, train_block
 from turret.ops.core import LayerWeights, Ops, WholeLayers
 from turret.ops.dropout import Masks
 from turret.ops.lora import linear
 from turret.ops.structs import DropoutArguments, Group, LayerNorm, Lora, Matrix, RMSNorm
-from turret.ops.table import of
+from turret.ops.table import ops_for
 from turret.transformer import Submodule
-
-if TYPE_CHECKING:
-    from turret.adapters.attention import Hooked
-
 
 CosSin = tuple[Tensor, Tensor]  # of the rotary positions, each (1, N, head size)
 SILU = ("SiLU", "SiLUActivation")
@@ -145,7 +141,7 @@ class RoutedWhole(nn.Module):
         return y
 
 
-def current(module: nn.Module) -> nn.Module:
+def module_of_pass(module: nn.Module) -> nn.Module:
     """The one module that all rows of this pass take, or `module` itself if they take several."""
     if not isinstance(module, RoutedWhole):
         return module
@@ -160,17 +156,19 @@ def base_module_of(module: nn.Module) -> nn.Module:
     return module.base_module if isinstance(module, RoutedWhole) else module
 
 
-def twin(module: nn.Module) -> nn.Module:
+def shallow_copy_module(module: nn.Module) -> nn.Module:
     """New modules with the same parameters; a deep copy would take longer than reading an adapter."""
     made = copy.copy(module)
     vars(made)["_parameters"] = dict(module._parameters)
-    vars(made)["_modules"] = {name: child if child is None else twin(child) for name, child in module._modules.items()}
+    vars(made)["_modules"] = {
+        name: child if child is None else shallow_copy_module(child) for name, child in module._modules.items()
+    }
     return made.eval()
 
 
 def with_values(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     """A frozen copy of a module with its own parameters, those in `values` replaced, all in the module's dtypes."""
-    made = twin(module)
+    made = shallow_copy_module(module)
     for name, own in module.named_parameters():
         parent, _, key = name.rpartition(".")
         value = values.get(name, own).detach().to(own.device, own.dtype, copy=True)
@@ -188,7 +186,7 @@ class TokenRows(nn.Module):
         own = embedding.get_parameter("weight")
         order = sorted(range(len(ids)), key=lambda place: ids[place])
         self.register_buffer("ids", torch.tensor([ids[place] for place in order], device=own.device))
-        self.few = twin(embedding)  # scales its vectors as the embedding does
+        self.few = shallow_copy_module(embedding)  # scales its vectors as the embedding does
         vars(self.few)["padding_idx"] = None
         self.few.weight = nn.Parameter(vectors[order].detach().to(own.device, own.dtype), requires_grad=False)
         self._all = (embedding,)  # the base's own, not a child of this module
@@ -196,8 +194,7 @@ class TokenRows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         place = torch.searchsorted(self.ids, x).clamp_(max=len(self.ids) - 1)
         found = (self.ids[place] == x)[..., None]
-        y: Tensor = torch.where(found, self.few(place), self._all[0](x))
-        return y
+        return torch.where(found, self.few(place), self._all[0](x))
 
 
 class TokenLogits(nn.Module):
@@ -256,11 +253,10 @@ class NarrowedOutput(nn.Module):
         if (read := self.context.read) is not None:  # (1, N, D) -> (1, B, D)
             self.context.narrow()
             hidden_states, input_tensor = (each.index_select(1, read) for each in (hidden_states, input_tensor))
-        y: Tensor = self._forward(self, hidden_states, input_tensor)
-        return y
+        return self._forward(self, hidden_states, input_tensor)
 
 
-def narrowing(last_attention: str) -> str:
+def attention_output_path(last_attention: str) -> str:
     """The path of the module that ends the attention at this path."""
     return f"{last_attention.rpartition('.')[0]}.output"
 
@@ -273,7 +269,7 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
-def named(module: nn.Module, names: Sequence[str]) -> bool:
+def is_of_class(module: nn.Module, names: Sequence[str]) -> bool:
     """Whether the module is of one of these classes; FSDP2 gives it a class of its own below its class."""
     return any(each.__name__ in names for each in type(module).__mro__)
 
@@ -287,7 +283,7 @@ def trains_one_adapter(context: BatchContext) -> bool:
     return not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
 
 
-def flat(cos_sin: CosSin | None) -> CosSin | None:
+def flat_rotary(cos_sin: CosSin | None) -> CosSin | None:
     """The rotary positions as operations take them, (N, head size) each."""
     return None if cos_sin is None else (cos_sin[0][0].contiguous(), cos_sin[1][0].contiguous())
 
@@ -368,7 +364,7 @@ class Serving:
         assert context.adapter_pool is not None
         self.ops, self._context, self._pool, self._linears = ops, context, context.adapter_pool, linears
         self._hooked, self._call = hooked, call
-        self._cos_sin = flat(cos_sin)
+        self._cos_sin = flat_rotary(cos_sin)
 
     def products(self, group: int, x: Tensor, plus: Tensor | None = None) -> list[Tensor]:
         if group == OUT and self._hooked.last:
@@ -388,7 +384,6 @@ class Serving:
 # --- hooks ------------------------------------------------------------------------------------------------------------
 
 
-AnyBlock = PostNorm | PreNorm
 Linears = Sequence[Sequence[nn.Module]]  # by group: q, k, v; out; up, or gate and up; down
 
 
@@ -408,8 +403,7 @@ class LayerHook:
     @property
     def attention(self) -> Submodule:
         """The module that calls the attention function."""
-        attention: Submodule = self.module.self_attn
-        return attention
+        return self.module.self_attn
 
     # transformers' arguments pass through; bound to this object, so that a copy of the model uses the copy's weights
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -431,13 +425,13 @@ class LayerHook:
         context, pool = self.context, self.context.adapter_pool
         if pool is None or pool.replaces or context.lengths is None:
             return None
-        ops = of(x, *(cos_sin or ()))
+        ops = ops_for(x, *(cos_sin or ()))
         if not ops.takes_layer(self.layout, trains=False) or (parts := self.parts()) is None:
             return None
         block, linears = parts
         routed = [[each for each in group if isinstance(each, RoutedLinear)] for group in linears]
         unfit = any(len(own) < len(group) for own, group in zip(routed, linears, strict=True))
-        if unfit or of(x, *tensors_of(block)) is not ops or not self.fits(x, cos_sin):
+        if unfit or ops_for(x, *tensors_of(block)) is not ops or not self.fits(x, cos_sin):
             return None
         run = Serving(ops, context, routed, self.hooked, self.call(0.0), cos_sin)
         if self.narrows and isinstance(block, PostNorm):
@@ -449,12 +443,12 @@ class LayerHook:
         context, slot = self.context, self.context.single()
         if slot is None or not trains_one_adapter(context) or not self.fits(x, cos_sin):
             return None
-        ops = of(x, *(cos_sin or ()))
+        ops = ops_for(x, *(cos_sin or ()))
         if not ops.takes_layer(self.layout, trains=True) or (parts := self.parts()) is None:
             return None
         block, linears = parts
         norms, p = tensors_of(block), self.dropout
-        if of(x, *norms) is not ops or any(each.requires_grad for each in norms):
+        if ops_for(x, *norms) is not ops or any(each.requires_grad for each in norms):
             return None
         call = self.call(p)
         rows, prefixes = rows_and_prefixes(self.hooked, call.scaling, call.window, x.dtype)
@@ -462,7 +456,7 @@ class LayerHook:
             return None
         matrices = Matrices(context, slot, x, ops)
         bare = [found for own in linears if (found := matrices.group(*own)) is not None]
-        if len(bare) < len(linears) or not (x.requires_grad or lora.factors(bare) or prefixes.pairs):
+        if len(bare) < len(linears) or not (x.requires_grad or lora.lora_factors(bare) or prefixes.pairs):
             return None  # nothing trains in this layer or below it
         masks, (first, last) = context.masks or Masks(), self.branch_dropout
         groups: list[Group] = []
@@ -472,11 +466,11 @@ class LayerHook:
             adapted = (m if m.lora is None else m._replace(lora=lora.with_mask(m.lora, masks, keys)) for m in group)
             groups.append(tuple(adapted))
             dropped.append(masks.arguments(rate, keys))
-        run = Training(ops, groups, rows, prefixes.of_row, dropped[0], flat(cos_sin))
+        run = Training(ops, groups, rows, prefixes.of_row, dropped[0], flat_rotary(cos_sin))
         made: tuple[Tensor, int, Normed] | None = context.memo.get(NORMED)
         normed = made[2] if made is not None and made[0] is x and made[1] == x._version else None
         pairs = [each for pair in prefixes.pairs for each in pair]
-        y, normed = train(self.while_training(block, dropped[1], dropped[3]), run, x.contiguous(), pairs, normed)
+        y, normed = train_block(self.while_training(block, dropped[1], dropped[3]), run, x.contiguous(), pairs, normed)
         if normed is not None:
             context.memo[NORMED] = y, y._version, normed
         return y
@@ -484,14 +478,7 @@ class LayerHook:
     @property
     def hooked(self) -> Hooked:
         """What the layer's attention carries."""
-        hooked: Hooked = self.attention.turret_hook
-        return hooked
-
-    @property
-    def layer_count(self) -> int:
-        """How many layers the model computes."""
-        count: int = self.attention.config.num_hidden_layers
-        return count
+        return self.attention.turret_hook
 
     def call(self, p: float) -> AttentionCall:
         """The settings of its attention. p: rate of dropout."""
@@ -517,10 +504,10 @@ class LayerHook:
         shape = (1, x.shape[1], self.attention.head_dim)
         return cos_sin is not None and all(each.shape == shape for each in cos_sin)
 
-    def parts(self) -> tuple[AnyBlock, Linears] | None:
+    def parts(self) -> tuple[Block, Linears] | None:
         """The layer's norms and linear layers, or None if it contains anything else."""
         module, attention, mlp = self.module, self.attention, self.module.mlp
-        gated = named(mlp, self._fast.gated_mlps) and type(getattr(mlp, "act_fn", None)).__name__ in SILU
+        gated = is_of_class(mlp, self._fast.gated_mlps) and type(getattr(mlp, "act_fn", None)).__name__ in SILU
         if not gated or any(map(has_hooks, (attention, mlp, mlp.act_fn))):
             return None
         modules = [module.input_layernorm, module.post_attention_layernorm]
@@ -540,7 +527,7 @@ class LayerHook:
         heads = (norms[2], norms[3]) if len(norms) > 2 else None
         return PreNorm((norms[0], norms[1]), attention.head_dim, heads), linears
 
-    def while_training(self, block: AnyBlock, first: DropoutArguments, last: DropoutArguments) -> AnyBlock:
+    def while_training(self, block: Block, first: DropoutArguments, last: DropoutArguments) -> Block:
         """The block with the dropout of both branches in this pass, and the only tokens that go on."""
         return block
 
@@ -553,7 +540,7 @@ class LayerHook:
             return None
         cos, sin = (each.contiguous() for each in cos_sin)
         steps = [cache.step("decoder", each.hooked.site.layer, None, None) for each in hooks]
-        if any(part.kept is None for parts in steps for part in parts) or of(x, cos, sin) is not of(x):
+        if any(part.kept is None for parts in steps for part in parts) or ops_for(x, cos, sin) is not ops_for(x):
             return None
         parts = [[(part.kept, part.keys, part.values) for part in own if part.kept is not None] for own in steps]
         return layers.decoder(x, cos, sin, pool.spans("decoder"), parts)
@@ -566,8 +553,7 @@ class PostNormHook(LayerHook):
 
     @property
     def attention(self) -> Submodule:
-        attention: Submodule = self.module.attention.self
-        return attention
+        return self.module.attention.self
 
     @property
     def dropout(self) -> float:
@@ -585,10 +571,10 @@ class PostNormHook(LayerHook):
     def fits(self, x: Tensor, cos_sin: CosSin | None) -> bool:
         return cos_sin is None
 
-    def parts(self) -> tuple[AnyBlock, Linears] | None:
+    def parts(self) -> tuple[Block, Linears] | None:
         module, attention, intermediate = self.module, self.attention, self.module.intermediate
         outputs = module.attention.output, module.output
-        known = all(named(each, (*self._fast.added_norms, NarrowedOutput.__name__)) for each in outputs)
+        known = all(is_of_class(each, (*self._fast.added_norms, NarrowedOutput.__name__)) for each in outputs)
         if not known or module.is_decoder or not is_gelu(intermediate.intermediate_act_fn):
             return None
         if any(map(has_hooks, (module.attention, attention, intermediate, intermediate.intermediate_act_fn, *outputs))):
@@ -608,7 +594,7 @@ class PostNormHook(LayerHook):
         )
         return PostNorm((norms[0], norms[1]), attention.attention_head_size), linears
 
-    def while_training(self, block: AnyBlock, first: DropoutArguments, last: DropoutArguments) -> AnyBlock:
+    def while_training(self, block: Block, first: DropoutArguments, last: DropoutArguments) -> Block:
         assert isinstance(block, PostNorm)
         norms = block.norms[0]._replace(dropped=first), block.norms[1]._replace(dropped=last)
         return PostNorm(norms, block.dim, self.context.read if self.narrows else None)
@@ -644,7 +630,7 @@ class OneCall:
         done: tuple[Tensor, int] | None = context.memo.get(DONE)
         if done is not None and done[0] is x and self._index < done[1]:
             return x
-        pool, ops = context.adapter_pool, of(x)
+        pool, ops = context.adapter_pool, ops_for(x)
         if pool is None or pool.scales or not 0 < x.shape[1] <= ops.few_for_layers():
             return None
         run = self._run(pool, ops, x.dtype)
@@ -670,7 +656,7 @@ class OneCall:
         block, groups = parts
         matrices = []
         for each in (own for group in groups for own in group):
-            if not isinstance(each, RoutedLinear) or not lora.plain(each.base_layer):
+            if not isinstance(each, RoutedLinear) or not lora.is_plain_linear(each.base_layer):
                 return None
             matrices.append((pool.number(each), each.weight, each.bias))
         call, heads = self.hook.call(0.0), block.head_norms if isinstance(block, PreNorm) else None
@@ -681,7 +667,7 @@ class OneCall:
         """This layer and those after it that one call computes; empty if it computes none."""
         run: list[OneCall] = []
         first = self.weights(pool, ops)
-        for each in self._order[self._index : self.hook.layer_count]:
+        for each in self._order[self._index : self.hook.attention.config.num_hidden_layers]:
             own = each.weights(pool, ops)
             if own is None or first is None or own.alike != first.alike or own.dtype != dtype:
                 break
@@ -699,14 +685,14 @@ def is_gelu(module: nn.Module) -> bool:
     return exact or (type(module).__name__ == "GELUActivation" and getattr(module, "act", None) is nn.functional.gelu)
 
 
-def tensors_of(block: AnyBlock) -> list[Tensor]:
+def tensors_of(block: Block) -> list[Tensor]:
     """The weights of a block's norms."""
     heads = block.head_norms or () if isinstance(block, PreNorm) else ()
     biases = [each.bias for each in block.norms if isinstance(each, LayerNorm)]
     return [*(each.weight for each in (*block.norms, *heads)), *biases]
 
 
-def hook(model: nn.Module, fast: FastPaths, context: BatchContext) -> list[Callable[[], None]]:
+def hook_layers(model: nn.Module, fast: FastPaths, context: BatchContext) -> list[Callable[[], None]]:
     """Let the layers of a model compute as blocks where they can; returns functions that undo it."""
     if fast.layout is None:
         return []
@@ -714,7 +700,7 @@ def hook(model: nn.Module, fast: FastPaths, context: BatchContext) -> list[Calla
     order: list[OneCall] = []
     undo: list[Callable[[], None]] = []
     for module in model.modules():
-        if named(module, fast.layers) and "forward" not in vars(module):
+        if is_of_class(module, fast.layers) and "forward" not in vars(module):
             module.forward = kind(cast(Submodule, module), fast, context, order).forward
             undo.append(functools.partial(vars(module).__delitem__, "forward"))
     return undo

@@ -29,7 +29,7 @@ from turret.adapters.tuners.tuner import all_parts, mount_parts, tuner_of
 from turret.arguments import check_arguments
 from turret.errors import AdapterError
 from turret.methods import Method, by_name
-from turret.ops.table import of
+from turret.ops.table import ops_for
 from turret.transformer import Model
 
 # --- checkpointed -----------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def checkpoint_layers(model: Model) -> None:
     paths = layer_paths(model)
     if not paths:
         raise AdapterError(f"{attached.family.name} has no list of layers: leave train.checkpoint_layers off")
-    of(torch.empty(0))  # loads the kernels and checks them now: inside a layer, the check would save tensors too
+    ops_for(torch.empty(0))  # loads the kernels and checks them now: inside a layer, the check would save tensors too
     for path in paths:
         attached.undo.append(_replace(model.get_submodule(path), attached.context))
 

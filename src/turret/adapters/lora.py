@@ -54,7 +54,7 @@ class LoRAFactors(nn.Module):
                 packed = FourBitProducts.of(layer)
                 y = adapted_linear(x, packed.weight, layer._parameters["bias"], packed, lora, masks, stream)
                 return self._beside(layer, x, masks, stream) if y is None else y
-            if not quantized.packed(layer):
+            if not quantized.is_packed(layer):
                 weight, bias = weight_and_bias(layer)
                 if weight.dtype == x.dtype and not weight.requires_grad:
                     y = adapted_linear(x, weight, bias, FrozenProducts(), lora, masks, stream)
@@ -86,7 +86,7 @@ def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     return (weight if isinstance(layer, nn.Linear) else weight.mT), bias
 
 
-def sizes(layer: nn.Module) -> tuple[int, int]:
+def layer_sizes(layer: nn.Module) -> tuple[int, int]:
     """(D_in, D_out) of a linear layer; GPT-2's Conv1D keeps its weight transposed."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
@@ -94,7 +94,7 @@ def sizes(layer: nn.Module) -> tuple[int, int]:
         d_in, d_out = layer.get_parameter("weight").shape
         return d_in, d_out
     own: tuple[int | None, ...] = tuple(vars(layer).get(name) for name in ("in_features", "out_features"))
-    if quantized.packed(layer) and own[0] is not None and own[1] is not None:
+    if quantized.is_packed(layer) and own[0] is not None and own[1] is not None:
         return own[0], own[1]
     raise AdapterError(
         f"LoRA cannot adapt a {type(layer).__name__}: expected a linear layer; name other target_modules"

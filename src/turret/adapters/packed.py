@@ -18,7 +18,7 @@ from turret.families.family import Pooling, head_of, parts_of_head
 from turret.ops.attention import rounded_size
 from turret.ops.core import to_device
 from turret.ops.lora import linear
-from turret.ops.table import narrows
+from turret.ops.table import narrows_last_layer
 from turret.transformer import Model, ModelConfig
 
 TARGETS = 32  # target tokens whose logits a CPU has in memory at a time
@@ -109,14 +109,14 @@ def pooled_states(
         and slots is None
         and pooling == "first"
         and attached.context.adapter_pool is None
-        and narrows()
+        and narrows_last_layer()
     ):
         ends = torch.tensor(lengths).cumsum(0)
         hidden = _hidden(model, inputs, slots, read=to_device(ends - torch.tensor(lengths), device_of(model)))
         lengths = [1] * len(lengths)  # the body gives (B, D)
     else:
         hidden = _hidden(model, inputs, slots)
-    return pool(pooling, hidden, lengths)
+    return pool_rows(pooling, hidden, lengths)
 
 
 def target_logits(
@@ -204,7 +204,7 @@ def _hidden(model: Model, rows: Sequence[Tensor], slots: Sequence[int] | None, r
         return _one_by_one(model, rows, slots)
     rows, slots = _padded_rows(rows, slots)
     lengths = [len(row) for row in rows]
-    ids, settings = tokens(model, rows)
+    ids, settings = token_arguments(model, rows)
     positions = row_positions(lengths, attached.family.position_offset(model.config), ids.device)
     with set_context(attached.context, slots, {attached.family.kind: lengths}, in_body=True, read=read):
         return body_states(model, ids, positions, settings)
@@ -215,11 +215,10 @@ def body_states(model: Model, ids: Tensor, positions: Tensor, settings: dict[str
     if attachment(model).family.decoder_only:
         settings = settings | {"use_cache": False}
     output = model.base_model(input_ids=ids, attention_mask=ready_mask(ids), position_ids=positions[None], **settings)
-    hidden: Tensor = output[0][0]
-    return hidden
+    return output[0][0]
 
 
-def tokens(model: Model, rows: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor | bool]]:
+def token_arguments(model: Model, rows: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor | bool]]:
     """The token ids (1, N) of rows, and the argument `token_type_ids` if one has segments and the base embeds them."""
     device = device_of(model)
     ids = to_device(torch.cat([row if row.ndim == 1 else row[:, 0] for row in rows])[None], device)
@@ -233,7 +232,7 @@ def _one_by_one(model: Model, rows: Sequence[Tensor], slots: Sequence[int] | Non
     """Last hidden states of an encoder that keeps packed rows apart by nothing: (N, D)."""
     attached, parts = attachment(model), []
     for place, row in enumerate(rows):
-        ids, settings = tokens(model, [row])  # (1, T)
+        ids, settings = token_arguments(model, [row])  # (1, T)
         own, kind = None if slots is None else [slots[place]], attached.family.kind
         with set_context(attached.context, own, None, in_body=True, masked={kind: [len(row)]}, examples=[place]):
             parts.append(model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[0][0])
@@ -267,8 +266,7 @@ def decoder_states(model: Model, target: Tensor, encoded: Tensor) -> Tensor:
         encoder_attention_mask=ready_mask(target),
         use_cache=False,
     )
-    hidden: Tensor = output[0][0]
-    return hidden
+    return output[0][0]
 
 
 def _padded_rows(
@@ -290,7 +288,7 @@ def ready_mask(ids: Tensor) -> Tensor:
     return torch.zeros(1, 1, 1, 1, device=ids.device)
 
 
-def pool(pooling: Pooling, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+def pool_rows(pooling: Pooling, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
     """The vector of each row that a classifier reads: hidden (N, D) -> (B, D)."""
     ends = to_device(torch.tensor(lengths), hidden.device).cumsum(0)
     hidden = hidden[: sum(lengths)]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from turret import quantized
-from turret.adapters.lora import sizes
+from turret.adapters.lora import layer_sizes
 from turret.adapters.prefix import Groups
 from turret.errors import AdapterError, RecipeError, TurretError
 from turret.families.family import Family
@@ -57,7 +57,7 @@ def require_computable(layers: Sequence[BaseTunerLayer], kind: str, *, trains: b
     """
     for layer in layers:
         base = layer.get_base_layer()
-        if not quantized.packed(base):
+        if not quantized.is_packed(base):
             continue
         weight = next(iter((*base.parameters(), *base.buffers())))
         dtype = quantized.computes_in(base, base)
@@ -139,7 +139,7 @@ class PeftBackend:
 # --- the configuration ------------------------------------------------------------------------------------------------
 
 
-def names() -> list[str]:
+def peft_types() -> list[str]:
     """The values that `peft_type` can take."""
     return sorted({*_classes(), *ALIASES} - set(REFUSED))
 
@@ -151,8 +151,8 @@ def config_of(method: Peft) -> PeftConfig:
     if kind in REFUSED:
         raise RecipeError(f"peft_type {kind} cannot be used: {REFUSED[kind]}")
     if kind not in known:
-        near = difflib.get_close_matches(method.peft_type, names(), n=1)
-        remedy = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names())}"
+        near = difflib.get_close_matches(method.peft_type, peft_types(), n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(peft_types())}"
         raise RecipeError(f"method.peft_type {_short(method.peft_type)} is not a method of PEFT: {remedy}")
     try:
         require_no_data(method.options.get("init_lora_weights"))
@@ -206,7 +206,7 @@ def _classes() -> dict[str, type[PeftConfig]]:
 # --- on a model -------------------------------------------------------------------------------------------------------
 
 
-def invite(
+def attach_with_peft(
     model: Model, family: Family, method: Peft, generator: torch.Generator | None = None, *, trains: bool = True
 ) -> PeftBackend:
     """Let PEFT put the method on a model that has turret's hooks. Raises AdapterError if it cannot."""
@@ -350,7 +350,7 @@ def _leaving(model: nn.Module, before: Mapping[str, nn.Module], attributes: set[
     return leave
 
 
-def switch(guest: PeftBackend, on: bool) -> None:
+def switch_layers(guest: PeftBackend, on: bool) -> None:
     """Turn PEFT's layers on or off for the next pass. PEFT's own switch would drop requires_grad."""
     for layer in guest.layers:
         layer._disable_adapters = not on
@@ -385,7 +385,9 @@ class PeftLayer:
         return self
 
 
-def changes(method: Peft, tensors: Mapping[str, Tensor], layers: Mapping[str, nn.Module]) -> dict[str, PeftLayer]:
+def build_peft_layers(
+    method: Peft, tensors: Mapping[str, Tensor], layers: Mapping[str, nn.Module]
+) -> dict[str, PeftLayer]:
     """PEFT's modules for a finished adapter, by path. Nothing is put on the base.
 
     PEFT sees the layers alone, in a module with nothing else. It first builds on the meta device: so settings that do
@@ -404,7 +406,7 @@ def changes(method: Peft, tensors: Mapping[str, Tensor], layers: Mapping[str, nn
     require_equal(_alone(method, {path: _meta(layer) for path, layer in layers.items()}, "meta"), tensors)
     guest = _alone(method, layers, "cpu")
     require_computable(guest.layers, method.peft_type, trains=False)
-    fill(guest, tensors)
+    fill_tensors(guest, tensors)
     owner = guest.wrapped.base_model.model
     return {path: PeftLayer(owner.get_submodule(path)) for path in layers}
 
@@ -439,7 +441,7 @@ def _alone(method: Peft, layers: Mapping[str, nn.Module], device: str) -> PeftBa
 
 def _meta(layer: nn.Module) -> nn.Module:
     """A layer of the same shape and class without weights."""
-    d_in, d_out = sizes(layer)
+    d_in, d_out = layer_sizes(layer)
     with torch.device("meta"):
         if type(layer).__name__ == "Conv1D":
             return type(layer)(d_out, d_in)
@@ -475,7 +477,7 @@ def require_equal(guest: PeftBackend, tensors: Mapping[str, Tensor]) -> None:
             raise AdapterError(f"{name} has shape {tuple(each.shape)}: expected {expected[name]}; load its own base")
 
 
-def fill(guest: PeftBackend, tensors: Mapping[str, Tensor]) -> None:
+def fill_tensors(guest: PeftBackend, tensors: Mapping[str, Tensor]) -> None:
     """Copy stored tensors into the model. Raises AdapterError unless names and shapes are the same."""
     require_equal(guest, tensors)
     if not guest.layers:
@@ -518,8 +520,7 @@ class Prompt(nn.Module):
     def tokens(self) -> Tensor:
         """The virtual tokens (1, P, D), with gradients to PEFT's parameters."""
         module = self.encoder[NAME]
-        found: Tensor = module(self.places.to(next(module.parameters()).device))
-        return found
+        return module(self.places.to(next(module.parameters()).device))
 
     def refresh(self, group: str) -> None:
         """Compute the prefix for the next pass; without gradients, only if a parameter has changed."""

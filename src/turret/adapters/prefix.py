@@ -11,20 +11,14 @@ where KV0, the keys and values of real words, is fixed, so that the first step s
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 
-from turret.ops.core import FunctionContext, Gradients, apply
+from turret.ops.core import FunctionContext, Gradients, apply_function
 from turret.ops.structs import kept_gradient
 
 EMBEDDING_SIZE = 64  # of each virtual token inside the reparametrisation
 Groups = dict[str, list[tuple[Tensor, Tensor]]]  # (key, value) of every layer, each (H, P, D), by group
-
-
-class _OuterContext(FunctionContext, Protocol):
-    parameter: nn.Parameter
 
 
 class _Outer(torch.autograd.Function):
@@ -34,13 +28,13 @@ class _Outer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: _OuterContext, h: Tensor, weight: nn.Parameter) -> Tensor:
+    def forward(ctx: FunctionContext, h: Tensor, weight: nn.Parameter) -> Tensor:
         ctx.save_for_backward(h, weight)
         ctx.parameter = weight
         return h @ weight.mT
 
     @staticmethod
-    def backward(ctx: _OuterContext, *gradients: Tensor) -> Gradients:
+    def backward(ctx: FunctionContext, *gradients: Tensor) -> Gradients:
         (h, weight), dy = ctx.saved_tensors, gradients[0]
         if (kept := kept_gradient(ctx.parameter)) is not None:
             kept.addmm_(dy.mT, h)
@@ -73,7 +67,7 @@ class PrefixGroup(nn.Module):
             return self.keys_values
         layers, two, heads, tokens, dim = self.shape
         h = torch.tanh(self.embedding @ self.inner_weight.mT + self.inner_bias)  # (P, hidden)
-        change = apply(_Outer, h, self.outer_weight) + self.outer_bias  # (P, L * 2 * H * D)
+        change = apply_function(_Outer, h, self.outer_weight) + self.outer_bias  # (P, L * 2 * H * D)
         change = change.view(tokens, layers, two, heads, dim).permute(1, 2, 3, 0, 4)  # (L, 2, H, P, D)
         return self.get_buffer("start") + change
 

@@ -25,7 +25,7 @@ from turret.adapters.adapter import BaseInfo, StoredAdapter
 from turret.adapters.hooks import detach, hook_model, require_bare
 from turret.adapters.packed import classify_logits, target_logits
 from turret.bases.device import ChosenDevice, choose_device, default_dtype, gigabytes, use_quick_float32
-from turret.bases.fingerprints import FORMAT, OF_CHECKPOINT, fingerprint, within
+from turret.bases.fingerprints import FORMAT, OF_CHECKPOINT, fingerprint, is_within
 from turret.bases.meta_model import auto_class, model_of, room_to_answer
 from turret.bases.quantized import (
     PACKAGES,
@@ -37,7 +37,7 @@ from turret.bases.quantized import (
     note,
     remember_originals,
 )
-from turret.bases.source import BaseSource, quiet, resolve
+from turret.bases.source import VOCABULARY, BaseSource, quiet_transformers, resolve
 from turret.disk import FAILING, cache_folder, describe_error, write_beside
 from turret.errors import AdapterError, BaseModelError, DeviceError, UnknownFamily
 from turret.families import FAMILIES, family_named, generic
@@ -46,14 +46,6 @@ from turret.ops.core import use_device
 from turret.transformer import Model, Tokenizer
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-_VOCABULARIES = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
 
 
 class LoadingInfo(TypedDict):
@@ -143,7 +135,7 @@ def load(
         UnknownFamily: the architecture is neither listed nor one that the plain hooks serve.
     """
     source = resolve(base)
-    family = listed_family(source) or _guess(source)
+    family = listed_family(source) or _provisional_family(source)
     task = family.head_kinds[0] if task is None else task
     require_task(source, family, task)
     kept = check_quantization(source, quantization)
@@ -163,7 +155,7 @@ def load(
     if torch_dtype == torch.float32 and chosen.device.type == "cpu":
         use_quick_float32()
     if kept not in PACKAGES:
-        cast(model, torch_dtype)
+        cast_weights(model, torch_dtype)
     kept_notes: list[str] = []
     if kept != "none":
         setattr(model, OF_CHECKPOINT, digest)
@@ -174,7 +166,8 @@ def load(
     tokenizer, notes = read_tokenizer(source, model)
     model.requires_grad_(False).eval()
     if chosen.device.type != "cpu":
-        _move(base, model, chosen.device)
+        with explain_out_of_memory(base, sum(each.nbytes for each in model.parameters()), chosen.device):
+            model.to(chosen.device)
     every = (*notes_on(source, family, model, loading), *guessed, *notes, *kept_notes, *notes_on_device)
     size = quantized.stored_bytes(model)
     found = Base.of(source, model, tokenizer, family, digest, torch_dtype)
@@ -202,7 +195,7 @@ def listed_family(source: BaseSource) -> Family | None:
     return None if family is None or family.guessed else family
 
 
-def _guess(source: BaseSource) -> Family:
+def _provisional_family(source: BaseSource) -> Family:
     """A provisional family, for loading the model. Raises UnknownFamily if transformers has no such architecture."""
     model_type = source.config.get("model_type")
     if not isinstance(model_type, str) or (kind := generic.kind_of(model_type)) is None:
@@ -225,7 +218,7 @@ def _read_model(
     """The model in the checkpoint's dtype, and transformers' report about its keys."""
     labels = {"num_labels": num_labels} if task != "generate" and num_labels is not None else {}
     try:
-        with quiet(), torch.random.fork_rng(devices=[]):
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model, loading = auto_class(family, task).from_pretrained(
                 source.folder,
@@ -256,7 +249,7 @@ def fresh_parameters(source: BaseSource, family: Family, model: Model, loading: 
     broken = sorted(
         name
         for name in fresh
-        if not within(name, family.head_modules) and not within(name.removeprefix(prefix), family.body_excludes)
+        if not is_within(name, family.head_modules) and not is_within(name.removeprefix(prefix), family.body_excludes)
     )
     if not broken:
         return tuple(sorted(fresh))
@@ -303,14 +296,8 @@ def dtype_on(device: torch.device, dtype: Dtype) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
-def _move(base: str, model: Model, device: torch.device) -> None:
-    """Move a model to a GPU. Raises DeviceError if it does not fit."""
-    with fitting(base, sum(each.nbytes for each in model.parameters()), device):
-        model.to(device)
-
-
 @contextmanager
-def fitting(base: str, size: int, device: torch.device) -> Iterator[None]:
+def explain_out_of_memory(base: str, size: int, device: torch.device) -> Iterator[None]:
     """Move so many bytes of a base's weights to a device in the block. Raises DeviceError if they do not fit."""
     try:
         yield
@@ -324,7 +311,7 @@ def fitting(base: str, size: int, device: torch.device) -> Iterator[None]:
 
 
 @torch.no_grad()
-def cast(model: Model, dtype: torch.dtype) -> None:
+def cast_weights(model: Model, dtype: torch.dtype) -> None:
     """Cast the tensors of a checkpoint. `model.to()` would also round the frequencies of rotary embeddings."""
     stored = model.state_dict(keep_vars=True)
     for tensor in (*model.parameters(), *(stored[name] for name, _ in model.named_buffers() if name in stored)):
@@ -339,10 +326,10 @@ def cast(model: Model, dtype: torch.dtype) -> None:
 
 def read_tokenizer(source: BaseSource, model: Model) -> tuple[Tokenizer, list[str]]:
     """A tokenizer that fits the model and can pad, and notes for the user."""
-    if not any((source.folder / name).is_file() for name in _VOCABULARIES):  # transformers would return an empty one
+    if not any((source.folder / name).is_file() for name in VOCABULARY):  # transformers would return an empty one
         raise BaseModelError(f"base {source.id!r} has no tokenizer: put its tokenizer.json next to its weights")
     try:
-        with quiet():
+        with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise BaseModelError(
@@ -496,7 +483,7 @@ def _own_outputs(model: Model, kind: Kind) -> Tensor:
     parts = []
     for row in _probe_rows(model):
         logits = model(input_ids=row[None], attention_mask=torch.ones_like(row)[None]).logits
-        parts.append(logits[0] if _writes(model, kind) else logits)
+        parts.append(logits[0] if _generates_text(model, kind) else logits)
     return torch.cat(parts).float()
 
 
@@ -505,7 +492,7 @@ def _hooked_outputs(model: Model, kind: Kind) -> Tensor:
     rows = _probe_rows(model)
     hook_model(model, plain=True)
     try:
-        if not _writes(model, kind):
+        if not _generates_text(model, kind):
             return classify_logits(model, rows, [0] * len(rows)).float()
         start = [row[:1] for row in rows]
         return target_logits(model, start, [torch.cat([row[1:], row[:1]]) for row in rows], [0] * len(rows)).float()
@@ -513,7 +500,7 @@ def _hooked_outputs(model: Model, kind: Kind) -> Tensor:
         detach(model)
 
 
-def _writes(model: Model, kind: Kind) -> bool:
+def _generates_text(model: Model, kind: Kind) -> bool:
     return kind == "decoder" and model.get_output_embeddings() is not None
 
 
@@ -527,7 +514,7 @@ def _writes(model: Model, kind: Kind) -> bool:
 LABELS, INITIALIZED = "num_labels", "_is_hf_initialized"  # attributes of transformers' models, modules and tensors
 
 
-def share(base: Base, *, num_labels: int | None = None, seed: int = 42, headless: bool = False) -> Base:
+def share_weights(base: Base, *, num_labels: int | None = None, seed: int = 42, headless: bool = False) -> Base:
     """Another model on a base's weights, equal to what `load` with these arguments gives, bit for bit.
 
     Args:
@@ -539,7 +526,7 @@ def share(base: Base, *, num_labels: int | None = None, seed: int = 42, headless
     Raises:
         AdapterError: something is attached to the base.
     """
-    own, model = base.model, spare(base.model)
+    own, model = base.model, copy_modules(base.model)
     fresh = set(base.fresh)
     if headless:
         take_head_off(model, base.family)
@@ -555,7 +542,7 @@ def share(base: Base, *, num_labels: int | None = None, seed: int = 42, headless
     return replace(base, model=model, fresh=tuple(sorted(fresh)))
 
 
-def spare(model: Model) -> Model:
+def copy_modules(model: Model) -> Model:
     """Modules of its own with the same weights in memory. Raises AdapterError if something is attached to the model."""
     return copy.deepcopy(require_bare(model), _shared_tensors(model))
 
@@ -577,7 +564,7 @@ def _with_outputs(model: Model, base: Base, num_labels: int) -> set[str]:
         if hasattr(each, LABELS):
             setattr(each, LABELS, num_labels)
     shapes = {name: each.shape for name, each in model_of(model.config, base.head).named_parameters()}
-    head = {name: each for name, each in model.named_parameters() if within(name, family.head_modules)}
+    head = {name: each for name, each in model.named_parameters() if is_within(name, family.head_modules)}
     new = {name for name, each in head.items() if each.shape != shapes[name]}
     for name in new:
         path, _, key = name.rpartition(".")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from turret.arguments import DEVICES, is_device
-from turret.errors import DeviceError, one_line, shown
+from turret.errors import DeviceError, one_line, quote
 
 CPU, MPS = torch.device("cpu"), torch.device("mps")
 Needed = Callable[[torch.device], int]  # the bytes that are needed on a device, whose precision may differ
@@ -76,7 +76,7 @@ def choose_device(name: str = "auto", needed: Needed | None = None, machine: Mac
         DeviceError: the name is not known, or the device is not there.
     """
     if not is_device(name):
-        raise DeviceError(f"device {shown(name)} is not known: expected {DEVICES}")
+        raise DeviceError(f"device {quote(name)} is not known: expected {DEVICES}")
     if name == "cpu":
         return ChosenDevice(CPU, "as asked for", decided=False)
     machine = this_machine() if machine is None else machine

@@ -37,16 +37,16 @@ def fingerprint(model: Model) -> str:
 def fingerprint_of(named: Iterable[tuple[str, Tensor]], model: Model) -> str:
     """The same. named: the model's own parameters, if an adapter has replaced some."""
     known = getattr(model, OF_CHECKPOINT, None)
-    return known if isinstance(known, str) else hash_tensors(body(named, model, family_of(model.config)))
+    return known if isinstance(known, str) else hash_tensors(body_parameters(named, model, family_of(model.config)))
 
 
-def body(named: Iterable[tuple[str, Tensor]], model: Model, family: Family) -> Iterator[tuple[str, Tensor]]:
+def body_parameters(named: Iterable[tuple[str, Tensor]], model: Model, family: Family) -> Iterator[tuple[str, Tensor]]:
     """The parameters in `named` that belong to the body, by their names relative to the body."""
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     excluded = (*family.beside_body, *family.body_excludes)
     for name, tensor in named:
         relative = name.removeprefix(prefix)
-        if name.startswith(prefix) and not within(relative, excluded):
+        if name.startswith(prefix) and not is_within(relative, excluded):
             yield relative, tensor
 
 
@@ -63,6 +63,6 @@ def hash_tensors(named: Iterable[tuple[str, Tensor | Callable[[], Tensor]]]) -> 
     return f"sha256:{digest.hexdigest()}"
 
 
-def within(name: str, modules: Sequence[str]) -> bool:
+def is_within(name: str, modules: Sequence[str]) -> bool:
     """Whether `name` is one of `modules` or a parameter inside one of them."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)

@@ -17,7 +17,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from turret.bases.source import BaseSource, quiet
+from turret.bases.source import BaseSource, quiet_transformers
 from turret.families import Family, family_of
 from turret.families.family import HeadKind, take_head_off
 from turret.transformer import Model, ModelConfig
@@ -47,7 +47,7 @@ def model_of(config: ModelConfig, task: HeadKind) -> Model:
     """The model of a configuration on the meta device. Raises UnknownFamily if its architecture is not listed."""
     family = family_of(config)
     auto = auto_class(family, task)
-    with quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with quiet_transformers(), torch.random.fork_rng(devices=[]), torch.device("meta"):
         model: Model = auto.from_config(config)
     if family.head_for(task) == "embed":
         take_head_off(model, family)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from turret import quantized
-from turret.bases.fingerprints import body, hash_tensors, within
+from turret.bases.fingerprints import body_parameters, hash_tensors, is_within
 from turret.bases.source import BaseSource
-from turret.errors import BaseModelError, needs
+from turret.errors import BaseModelError, require_package
 from turret.families import Family
 from turret.transformer import Model
 
@@ -63,7 +63,7 @@ def check_quantization(source: BaseSource, wanted: Quantization) -> str:
 
 def _require_library(source: BaseSource, kind: str) -> None:
     remedy = "pip install 'turret[quantized]', or give the original model with base_quantization none"
-    with needs(f"base {source.id!r} in {kind}", "bitsandbytes", remedy, BaseModelError):
+    with require_package(f"base {source.id!r} in {kind}", "bitsandbytes", remedy, BaseModelError):
         quantized.library()
 
 
@@ -90,7 +90,7 @@ def arguments(family: Family, kept: str, device: torch.device) -> Loading:
 
 def note(model: Model, kept: str) -> str:
     """How many layers are packed, and what the base takes in memory."""
-    layers = sum(quantized.packed(each) for each in model.modules())
+    layers = sum(quantized.is_packed(each) for each in model.modules())
     return f"{layers} linear layers are kept in {kept}: the base takes {quantized.stored_bytes(model) / 1e6:.0f} MB"
 
 
@@ -136,10 +136,10 @@ def checkpoint_fingerprint(source: BaseSource, model: Model, family: Family) -> 
     if source.quantization is not None:  # its own tensors, as they are
         excluded = (*family.beside_body, *family.body_excludes)
         names = {key.removeprefix(f"{prefix}."): key for key in checkpoint}
-        kept = {name: key for name, key in names.items() if not within(name, excluded)}
+        kept = {name: key for name, key in names.items() if not is_within(name, excluded)}
         return hash_tensors((name, functools.partial(checkpoint.read, key)) for name, key in kept.items())
     readers = []
-    for name, parameter in body(model.named_parameters(), model, family):
+    for name, parameter in body_parameters(model.named_parameters(), model, family):
         key, state = checkpoint.key(name, prefix), quantized.state_of(parameter)
         shape, dtype = (parameter.shape, parameter.dtype) if state is None else (state.shape, state.dtype)
         if key is None or sorted(checkpoint.shape(key)) != sorted(shape):  # Conv1D's weight is turned

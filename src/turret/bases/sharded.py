@@ -19,14 +19,15 @@ from transformers import GenerationConfig
 
 from turret.adapters.hooks import layer_paths
 from turret.bases.base import (
+    INITIALIZED,
     Base,
     Dtype,
     LoadingInfo,
     cache_fingerprint,
     cached_fingerprint,
-    cast,
+    cast_weights,
     dtype_on,
-    fitting,
+    explain_out_of_memory,
     fresh_parameters,
     known_fingerprint,
     listed_family,
@@ -35,7 +36,7 @@ from turret.bases.base import (
     require_task,
 )
 from turret.bases.device import ChosenDevice, gigabytes, use_quick_float32
-from turret.bases.fingerprints import within
+from turret.bases.fingerprints import is_within
 from turret.bases.meta_model import skeleton
 from turret.bases.quantized import Checkpoint, checkpoint_fingerprint
 from turret.bases.source import BaseSource, resolve
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 PARTS = "turret_parts"  # an attribute of a model: in how many parts its layers are
-INITIALISED = "_is_hf_initialized"  # an attribute of a tensor: transformers does not initialise it
 
 
 def parts_of(model: nn.Module) -> int:
@@ -59,8 +59,7 @@ def parts_of(model: nn.Module) -> int:
 
 def own_part(tensor: Tensor) -> Tensor:
     """This process's rows of a divided tensor, or a whole tensor as it is."""
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def digest_of(tensor: Tensor) -> str:
@@ -109,7 +108,7 @@ def load_in_parts(
         use_quick_float32()
     model, checkpoint = skeleton(source, task, num_labels), Checkpoint(source.weights)
     stored = _stored_dtype(source, checkpoint)
-    cast(model, stored)
+    cast_weights(model, stored)
     paths = divided_layers(model)
     loading = _fill(model, checkpoint, {f"{path}.weight" for path in paths}, seed)
     if loading["missing_keys"] and loading["unexpected_keys"] and not _of_task_only(model, loading, family):
@@ -122,9 +121,9 @@ def load_in_parts(
     digest = cached_fingerprint(source.weights) or checkpoint_fingerprint(source, model, family)
     assert digest is not None, "every tensor has been found"
     cache_fingerprint(source.weights, digest)
-    cast(model, torch_dtype)
+    cast_weights(model, torch_dtype)
     whole = [each for each in (*model.parameters(), *model.buffers()) if not each.is_meta]
-    with fitting(base, sum(each.nbytes for each in whole), device.device):
+    with explain_out_of_memory(base, sum(each.nbytes for each in whole), device.device):
         for each in whole:
             each.data = each.data.to(device.device)
         _divide(model, mesh)
@@ -157,7 +156,7 @@ def load_without_weights(base: str) -> Base:
     require_task(source, family, "generate")
     model = skeleton(source, "generate")
     stored = _stored_dtype(source, Checkpoint(source.weights))
-    cast(model, stored)
+    cast_weights(model, stored)
     digest = known_fingerprint(source, model, family, verify=False, packed=True)
     tokenizer, notes = read_tokenizer(source, model)
     _read_generation(source, model)
@@ -192,9 +191,9 @@ def _fill(model: Model, checkpoint: Checkpoint, later: set[str], seed: int) -> L
         shape = None if key is None else checkpoint.shape(key)
         if key is not None and shape == tuple(tensor.shape):
             if name in later:
-                setattr(tensor, INITIALISED, True)
+                setattr(tensor, INITIALIZED, True)
             else:
-                setattr(_put(model, name, checkpoint.read(key, tensor.dtype)), INITIALISED, True)
+                setattr(_put(model, name, checkpoint.read(key, tensor.dtype)), INITIALIZED, True)
             continue
         if shape is not None:
             loading["mismatched_keys"].add((name, shape, tuple(tensor.shape)))
@@ -223,7 +222,7 @@ def _put(model: Model, name: str, value: Tensor) -> Tensor:
 def _of_task_only(model: Model, loading: LoadingInfo, family: Family) -> bool:
     """Whether a checkpoint lacks nothing but a head or a pooler, which may be new."""
     names = (name.removeprefix(f"{model.base_model_prefix}.") for name in loading["missing_keys"])
-    return all(within(name, (*family.head_modules, *family.body_excludes)) for name in names)
+    return all(is_within(name, (*family.head_modules, *family.body_excludes)) for name in names)
 
 
 def _divide(model: Model, mesh: DeviceMesh) -> None:

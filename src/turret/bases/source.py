@@ -39,9 +39,10 @@ from turret.json_types import Plain
 QUANTIZED = ("nf4", "fp4", "gptq", "awq")  # checkpoints that transformers reads in few bits
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack")
+VOCABULARY = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 TOKENIZER = (  # every file that a tokenizer may have
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"),
+    *(*VOCABULARY, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.jinja",
 )
 _WANTED = [WEIGHTS, INDEX, "model-*-of-*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 _UNWANTED = ["*/*", "training_args*", "trainer_state*"]
@@ -405,7 +406,10 @@ def _convert_gguf(path: Path, folder: Path, name: str) -> None:
         shutil.rmtree(left_over, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
     try:
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar ignores transformers' settings
+        with (
+            quiet_transformers(),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):  # its progress bar ignores transformers' settings
             _write_folder(path, partial, name)
         partial.chmod(0o755)
         for each in (*partial.iterdir(), partial):
@@ -455,7 +459,7 @@ def _unreadable_gguf(name: str, error: Exception) -> BaseModelError:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence transformers' progress bars, reports and warnings in the block: Turret's own messages replace them."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     with warnings.catch_warnings():

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from turret import quantized
-from turret.adapters.adapter import LORA_PREFIX, Adapter, BaseInfo, all_finite, require_base
+from turret.adapters.adapter import LORA_PREFIX, Adapter, BaseInfo, all_finite, rename_paths, require_base
 from turret.adapters.hooks import ATTRIBUTE, HookedModel, attachment, detach, require_bare
 from turret.adapters.lifecycle import attach, extract, mount, start_from
 from turret.adapters.tuners.tuner import tuner_of
@@ -43,7 +43,7 @@ from turret.manifest import (
     MethodSpec,
     check_config,
     refuse_code,
-    shortly,
+    short_ascii,
 )
 from turret.methods import METHODS, Method, method_class
 from turret.tasks import TASKS, stored_task
@@ -165,7 +165,7 @@ def save_bundle(adapter: Adapter, folder: str | Path) -> Manifest:
 
 def _write(adapter: Adapter, folder: Path) -> Manifest:
     body = _body(adapter.task, adapter.base.family)
-    stored = _rename_paths(tuner_of(adapter.method).stored_tensors(adapter), body, "")
+    stored = rename_paths(tuner_of(adapter.method).stored_tensors(adapter), body, "")
     tensors = {name: stored[name].contiguous() for name in sorted(stored)}
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -222,19 +222,10 @@ def named_for(adapter: Adapter, model: Model) -> Adapter:
     first = {path.partition(".")[0] for path in paths}
     body, outside = f"{model.base_model_prefix}.", {each for each in first if not hasattr(model, each)}
     if outside == {model.base_model_prefix}:
-        return replace(adapter, tensors=_rename_paths(adapter.tensors, body, ""))
+        return replace(adapter, tensors=rename_paths(adapter.tensors, body, ""))
     if outside and outside == first and all(hasattr(model.base_model, each) for each in outside):
-        return replace(adapter, tensors=_rename_paths(adapter.tensors, "", body))
+        return replace(adapter, tensors=rename_paths(adapter.tensors, "", body))
     return adapter
-
-
-def _rename_paths(tensors: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
-    """The same tensors, where paths in the model begin with `new` in place of `old`."""
-    start = f"{LORA_PREFIX}{old}"
-    return {
-        f"{LORA_PREFIX}{new}{name.removeprefix(start)}" if name.startswith(start) else name: value
-        for name, value in tensors.items()
-    }
 
 
 def _body(task: TaskSpec, family: str | None) -> str:
@@ -280,7 +271,7 @@ def read_bundle(folder: str | Path) -> Adapter:
         return Adapter(method, adapter_tensors, head, base)
     method = _method(manifest["method"])
     tuner_of(method).check_config(config)
-    tensors = _rename_paths(tensors, "", _body(manifest["task"], manifest["base"].get("family")))
+    tensors = rename_paths(tensors, "", _body(manifest["task"], manifest["base"].get("family")))
     adapter_tensors, head = tuner_of(method).read(tensors, config)
     said = manifest["base"]
     base = BaseInfo(
@@ -291,8 +282,7 @@ def read_bundle(folder: str | Path) -> Adapter:
 
 def read_config(folder: Path) -> AdapterConfig:
     """PEFT's configuration in a folder, not checked yet."""
-    config: AdapterConfig = _json(folder / CONFIG)
-    return config
+    return _json(folder / CONFIG)
 
 
 def read_manifest(folder: Path, weights: Content | None) -> Manifest:
@@ -353,14 +343,14 @@ def refuse_foreign_files(folder: Path) -> None:
     names = sorted(each.name for each in folder.iterdir())
     for name in names:
         if name.casefold() in FILES and name not in FILES:
-            raise BundleError(f"{folder.name} holds {visible(name)}: expected {name.casefold()}, in lower case")
+            raise BundleError(f"{folder.name} holds {visible_name(name)}: expected {name.casefold()}, in lower case")
     for name in FILES:
         path = folder / name
         if name in names:
             _refuse_odd_file(path, f"{folder.name}/{name}")
     if WEIGHTS not in names:
         pickles = [name for name in names if name.lower().endswith(PICKLES)]
-        found = f"; {visible(pickles[0])} is a pickle, which is never opened" if pickles else ""
+        found = f"; {visible_name(pickles[0])} is a pickle, which is never opened" if pickles else ""
         raise BundleError(f"{folder.name} holds no {WEIGHTS}{found}: save the adapter as safetensors")
 
 
@@ -403,7 +393,7 @@ def _method_of(config: AdapterConfig, tensors: dict[str, Tensor]) -> Method:
     if method is None:
         known = [each.peft_name for each in METHODS.values() if each.peft_name is not None]
         raise BundleError(
-            f"adapter_config.json has peft_type {shortly(config.get('peft_type'))}: expected {' or '.join(known)}; "
+            f"adapter_config.json has peft_type {short_ascii(config.get('peft_type'))}: expected {' or '.join(known)}; "
             "merge it first"
         )
     if not method.open_settings:  # else PEFT checks them
@@ -570,11 +560,11 @@ def _refuse_listed(path: Path, dtypes: dict[str, str]) -> None:
         raise BundleError(f"{path.name} lists {len(dtypes)} tensors: the limit is {MAX_TENSORS}")
     for name, dtype in dtypes.items():
         if not _NAME.fullmatch(name):
-            raise BundleError(f"{path.name} names a tensor {visible(name)}: expected plain ASCII names")
+            raise BundleError(f"{path.name} names a tensor {visible_name(name)}: expected plain ASCII names")
         if dtype not in DTYPES:
             raise BundleError(f"tensor {name!r} has dtype {dtype}: expected one of {', '.join(DTYPES)}")
 
 
-def visible(name: str) -> str:
+def visible_name(name: str) -> str:
     """A name from outside in visible ASCII, short enough for one line."""
     return ascii(name)[1:-1][:60]

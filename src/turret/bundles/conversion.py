@@ -25,7 +25,7 @@ from turret import quantized
 from turret.adapters.adapter import LORA_PREFIX
 from turret.bundles.bundle import CONFIG, WEIGHTS
 from turret.errors import BundleError
-from turret.manifest import AdapterConfig, refuse_code, shortly
+from turret.manifest import AdapterConfig, refuse_code, short_ascii
 from turret.methods import METHODS
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ def as_lora(
     biases = _biases(stored, model, factors)
     tensors |= {f"{LORA_PREFIX}{path}.lora_B.bias": bias for path, bias in biases.items()}
     for path, (A, B) in factors.items():
-        tensors[f"{LORA_PREFIX}{path}.lora_A.weight"] = _pad_factor(A, r, dim=0)
-        tensors[f"{LORA_PREFIX}{path}.lora_B.weight"] = _pad_factor(B, r, dim=1)
+        tensors[f"{LORA_PREFIX}{path}.lora_A.weight"] = nn.functional.pad(A.float(), (0, 0, 0, r - len(A))).contiguous()
+        tensors[f"{LORA_PREFIX}{path}.lora_B.weight"] = nn.functional.pad(B.float(), (0, r - B.shape[1])).contiguous()
     copied = ("task_type", "base_model_name_or_path", "revision", "modules_to_save", "trainable_token_indices")
     lora = {key: config[key] for key in (*copied, "peft_version") if key in config}
     lora |= {"peft_type": "LORA", "r": r, "lora_alpha": r, "lora_dropout": 0.0, "inference_mode": True}
@@ -132,8 +132,8 @@ def _load_peft_model(folder: Path, model: Model, kind: str) -> Iterator[peft.Pef
         wrapped = peft.PeftModel.from_pretrained(model, str(folder))
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise BundleError(
-            f"PEFT does not read this adapter of type {shortly(kind)} ({' '.join(str(error).split())[:100]}): save it "
-            "again on this base"
+            f"PEFT does not read this adapter of type {short_ascii(kind)} ({' '.join(str(error).split())[:100]}): save "
+            "it again on this base"
         ) from None
     try:
         yield wrapped.eval()
@@ -211,7 +211,7 @@ def _by_peft(wrapped: peft.PeftModel, kind: str, rank: int | None) -> Mapping[st
         _, state = convert_to_lora(wrapped, chosen)
     except (TypeError, ValueError) as error:
         raise BundleError(
-            f"PEFT does not convert {shortly(kind)} to LoRA ({' '.join(str(error).split())[:100]}): "
+            f"PEFT does not convert {short_ascii(kind)} to LoRA ({' '.join(str(error).split())[:100]}): "
             "train it again as LoRA"
         ) from None
     names = {name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")}
@@ -219,10 +219,3 @@ def _by_peft(wrapped: peft.PeftModel, kind: str, rank: int | None) -> Mapping[st
         name.removeprefix(LORA_PREFIX): (state[f"{name}.lora_A.weight"].float(), state[f"{name}.lora_B.weight"].float())
         for name in sorted(names)
     }
-
-
-def _pad_factor(factor: Tensor, rank: int, dim: int) -> Tensor:
-    """The factor with rows or columns of zeros added up to the rank."""
-    missing = rank - factor.shape[dim]
-    shape = (missing, factor.shape[1]) if dim == 0 else (factor.shape[0], missing)
-    return torch.cat([factor.float(), factor.new_zeros(shape, dtype=torch.float32)], dim).contiguous()

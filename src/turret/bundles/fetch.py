@@ -241,7 +241,7 @@ def check_id(hub_id: str) -> str:
     return hub_id
 
 
-def newest(hub_id: str, revision: str | None) -> str:
+def newest_commit(hub_id: str, revision: str | None) -> str:
     """The commit of a branch, a tag or a commit; None: of the main branch.
 
     Raises:
@@ -364,7 +364,7 @@ def pull(
     parent: Path,
     revision: str | None = None,
     *,
-    newest: Callable[[str, str | None], str] = newest,
+    newest: Callable[[str, str | None], str] = newest_commit,
     download: Callable[..., str] = huggingface_hub.snapshot_download,
 ) -> Fetched:
     """Copy the adapter in a repository of the Hub into a new folder in `parent`.

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turret.adapters.adapter import LORA_PREFIX, Adapter
+from turret.adapters.tuners.lora import lora_pairs
 from turret.bases.source import ModelFile
 from turret.errors import AdapterError
 from turret.families import FAMILIES, Family
@@ -133,11 +134,10 @@ def write(adapter: Adapter, config: ModelFile, path: Path, name: str) -> int:
 
 def factors(adapter: Adapter) -> dict[str, Factors]:
     """A (R, D_in) and B (D_out, R) in float32, by the path of the layer in the base."""
-    found: dict[str, dict[str, NDArray[np.float32]]] = {}
-    for name, tensor in adapter.tensors.items():
-        path, _, factor = name.removeprefix(LORA_PREFIX).removesuffix(".weight").rpartition(".")
-        found.setdefault(path, {})[factor] = tensor.float().numpy()
-    return {path: (found[path]["lora_A"], found[path]["lora_B"]) for path in sorted(found)}
+    return {
+        path: (pair["lora_A"].float().numpy(), pair["lora_B"].float().numpy())
+        for path, pair in sorted(lora_pairs(adapter).items())
+    }
 
 
 def reorder_rows(B: NDArray[np.float32], heads: int) -> NDArray[np.float32]:

@@ -195,7 +195,16 @@ def audit(
     command.table(
         {"store": str(command.store), "actions": [each.as_json() for each in found]},
         ("when", "who", "did", "to", "change"),
-        ((safe(each.at), safe(each.who or "-"), safe(each.verb), safe(each.what), _change(each)) for each in found),
+        (
+            (
+                safe(each.at),
+                safe(each.who or "-"),
+                safe(each.verb),
+                safe(each.what),
+                _change(each),
+            )
+            for each in found
+        ),
         none="no action yet",
     )
 

@@ -15,10 +15,10 @@ from typer import Argument, Option
 
 from turret.amounts import span
 from turret.cli import options
-from turret.cli.output import columns, console, cut, emit, grid, metrics, number, safe
+from turret.cli.output import class_table, columns, console, cut, emit, grid, metrics, safe
 from turret.data import TextPair
 from turret.data.columns import RoleColumns
-from turret.errors import BadArgument, DataError, counted, plainly, shown
+from turret.errors import BadArgument, DataError, count_of, printable, quote
 from turret.json_types import JsonObject
 from turret.tasks import Task, stored_task, task_of
 from turret.tasks.shapes import Answer, parts_in
@@ -49,7 +49,7 @@ def check_targets(out: Path | None, page: Path | None) -> None:
     if out is not None:
         check_target(out)
     if page is not None and (page.suffix.lower() not in (".html", ".htm") or not page.absolute().parent.is_dir()):
-        raise DataError(f"--report {shown(str(page), 100)}: expected a .html file in a folder that exists")
+        raise DataError(f"--report {quote(str(page), 100)}: expected a .html file in a folder that exists")
 
 
 def write_evaluation(
@@ -77,10 +77,8 @@ def print_evaluation(found: Evaluation, notes: list[str]) -> None:
     rows += [(name, safe(text)) for name, text in _calibration(details)]
     out.print(grid(rows + [("note", safe(note)) for note in found.notes]))
     if classes := parts_in(found.metrics, "per_class"):
-        heads = ("precision", "recall", "f1", "support")
-        by_class = [(f"  {safe(name)}", *(number(row[head]) for head in heads)) for name, row in classes.items()]
         out.print()
-        out.print(columns(("class", *heads), by_class, right=heads))
+        out.print(class_table(classes))
     _print_confusion(details)
     _print_mistakes(details)
     for note in notes:
@@ -172,7 +170,7 @@ def _print_mistakes(details: Details, question: str = "", most: int = MISTAKES) 
 
 
 def _short(value: str | list[str], most: int) -> str:
-    return cut(plainly(value if isinstance(value, str) else ", ".join(value) or "none"), most)
+    return cut(printable(value if isinstance(value, str) else ", ".join(value) or "none"), most)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -275,7 +273,7 @@ def _columns_of_questions(label: list[str] | None) -> JsonObject:
     if not label or (len(label) == 1 and "=" not in label[0]):
         return {}
     if wrong := next((each for each in label if "=" not in each), None):
-        raise BadArgument(f"--label {shown(wrong, 40)}: a panel has several questions, expected QUESTION=COLUMN")
+        raise BadArgument(f"--label {quote(wrong, 40)}: a panel has several questions, expected QUESTION=COLUMN")
     return {"label": dict(each.rpartition("=")[::2] for each in label)}
 
 
@@ -317,7 +315,7 @@ def decide(
         ranked = sorted(each.probabilities.items(), key=lambda pair: -pair[1])
         line = "  ".join(f"{label} {chance:.2f}" for label, chance in ranked[:SHOWN_LABELS])
         mass = "" if each.label_mass is None else f"  label mass {each.label_mass:.2g}"
-        console().print(f"[bold]{safe(line)}[/]  [dim]{safe(cut(plainly(text), 72))}{mass}[/]")
+        console().print(f"[bold]{safe(line)}[/]  [dim]{safe(cut(printable(text), 72))}{mass}[/]")
     console().print("[dim]untrained: nothing was learnt for this question, and the probabilities are not calibrated[/]")
 
 
@@ -345,7 +343,7 @@ def suggest(
         from turret.workspace.predicted_file import write_suggestions
 
         table = write_suggestions(found, out)
-        notes.append(f"{counted(len(found.suggestions), 'row')} to label in {out}: fill in the column {found.label}")
+        notes.append(f"{count_of(len(found.suggestions), 'row')} to label in {out}: fill in the column {found.label}")
         if table.guarded:
             notes.append(f"{table.guarded} cells begin like a formula and have a ' in front")
     command.report(found, lambda each: _print_suggested(each, notes))
@@ -356,14 +354,14 @@ def suggest(
 def _print_suggested(found: Suggested, notes: Sequence[str]) -> None:
     out = console()
     left_out = [f"{count} {word}" for count, word in ((found.blank, "blank"), (found.repeated, "repeated")) if count]
-    read = f"{counted(found.rows, 'row')} read" + (f" ({', '.join(left_out)})" if left_out else "")
+    read = f"{count_of(found.rows, 'row')} read" + (f" ({', '.join(left_out)})" if left_out else "")
     out.print(f"[bold]{safe(found.version)}[/] is least sure of these; {read} in {span(found.seconds)}")
     rows = [
         (
             str(each.row),
             f"{each.confidence:.2f}",
             safe(_short(each.predicted, 30)),
-            *(safe(cut(plainly(text), 100 // len(each.texts))) for text in each.texts),
+            *(safe(cut(printable(text), 100 // len(each.texts))) for text in each.texts),
         )
         for each in found.suggestions
     ]
@@ -395,7 +393,7 @@ def _texts(
     words = inputs[: len(inputs) - literal]
     if files := [word for word in words if os.path.isfile(word) or _names_a_file(word)]:
         raise DataError(
-            f"{shown(files[0])} is a file between other inputs: give one file, or texts alone, each after -- if it "
+            f"{quote(files[0])} is a file between other inputs: give one file, or texts alone, each after -- if it "
             "looks like a file"
         )
     if named:
@@ -418,13 +416,13 @@ def _names_a_file(word: str) -> bool:
             return True
         kind = "a folder" if os.path.isdir(word) else "a file that is no table"
         raise DataError(
-            f"{shown(word)} is {kind}, and it is not read as a text: give a table or a .txt file, or for the text "
+            f"{quote(word)} is {kind}, and it is not read as a text: give a table or a .txt file, or for the text "
             "itself -- in front of it"
         )
     near = _near_file(word)
     if near is not None or _looks_like_a_file(word):
-        meant = f": did you mean {shown(near, 80)}?" if near else ": give a file, or"
-        raise DataError(f"there is no file {shown(word, 80)}{meant} For the text itself put -- in front of it")
+        meant = f": did you mean {quote(near, 80)}?" if near else ": give a file, or"
+        raise DataError(f"there is no file {quote(word, 80)}{meant} For the text itself put -- in front of it")
     return False
 
 
@@ -477,7 +475,7 @@ def _print_answers(
     from turret.workspace.answering import ranked_labels
 
     for text, answer in zip(texts, answers, strict=True):
-        short = cut(plainly(str(text)), 72)
+        short = cut(printable(str(text)), 72)
         if task.generates:
             console().print(f"[dim]{safe(short)}[/]\n  {safe(task.line(answer))}")
             continue
@@ -493,7 +491,7 @@ def _print_answers(
 def _print_written(done: Predicted) -> None:
     flags = [f"{count} {flag}" for flag, count in (("blank", done.blank), ("cut", done.cut)) if count]
     flags += [f"{done.to_a_person} to a person"] if done.to_a_person else []
-    console().print(f"[bold]{safe(done.version)}[/] answered {counted(done.rows, 'row')} in {span(done.seconds)}")
+    console().print(f"[bold]{safe(done.version)}[/] answered {count_of(done.rows, 'row')} in {span(done.seconds)}")
     rows = [("file", safe(done.out)), ("columns", safe(", ".join(done.columns)))]
     rows += [("flags", f"[yellow]{safe(', '.join(flags))}[/]")] if flags else []
     console().print(grid(rows + [("note", safe(note)) for note in done.notes]))
@@ -592,13 +590,18 @@ def _print_promise(found: PromiseStatus) -> None:
     rows.append(("live", f"[{HUES[standing.state]}]{standing.state}[/]: {safe(standing.why)}"))
     if found.answers:
         missing = f"{standing.missing:.0%} of the outcomes are missing"
-        rows.append(("answers", f"{found.decided} of {counted(found.answers, 'answer')} decided; {missing}"))
+        rows.append(("answers", f"{found.decided} of {count_of(found.answers, 'answer')} decided; {missing}"))
         rows.append(("evidence", f"{standing.evidence:.3g} against it; {standing.needed:.3g} breaks it"))
     inputs = found.inputs
     hue = {"alike so far": "green", "drifted": "yellow"}.get(inputs.state, "dim")
     what = f"{inputs.state}: {inputs.why}" if inputs.state == "not watched" else inputs.why
     rows.append(("inputs", f"[{hue}]{safe(what)}[/]"))
-    rows.append(("since", f"{safe(to_minute(promise.created))}{f' by {safe(promise.who)}' if promise.who else ''}"))
+    rows.append(
+        (
+            "since",
+            f"{safe(to_minute(promise.created))}{f' by {safe(promise.who)}' if promise.who else ''}",
+        )
+    )
     out.print(grid(rows + [("note", safe(note)) for note in found.notes]))
     for line in found.done:
         out.print(f"[yellow]{safe(line)}[/]")

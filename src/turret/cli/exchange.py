@@ -205,7 +205,10 @@ def _print_merged(found: Merged) -> None:
     console().print(f"[bold]{safe(found.version)}[/]  [dim]{safe(found.digest)}[/]")
     shares = zip(found.parents, found.weights, strict=True)
     rows = [
-        ("merged", f"by {found.how}: " + ", ".join(f"{weight:g} of {safe(parent)}" for parent, weight in shares)),
+        (
+            "merged",
+            f"by {found.how}: " + ", ".join(f"{weight:g} of {safe(parent)}" for parent, weight in shares),
+        ),
         ("checked", f"all tensors are used; outputs move by {found.effect:.2g} of the largest"),
         ("size", size(found.bundle_bytes)),
     ]

@@ -221,9 +221,9 @@ def _print(found: ExperimentStatus) -> None:
     goal, unit = experiment.metric.goal, experiment.unit
     facts = [
         ("metric", f"{experiment.metric}, {goal} is better; each {unit} counts once; level {experiment.alpha:g}"),
-        ("outcomes", status_text.lives(experiment)),
-        ("missing", status_text.bears(experiment)),
-        ("traffic", status_text.traffic(experiment)),
+        ("outcomes", status_text.outcome_lifetime(experiment)),
+        ("missing", status_text.missing_outcomes_text(experiment)),
+        ("traffic", status_text.traffic_split(experiment)),
         ("guards", status_text.guards(experiment)),
         ("alias", f"{experiment.alias} names {found.points or 'nothing'}"),
     ]

@@ -19,7 +19,7 @@ import turret
 from turret.access import DEFAULT, check_tenant
 from turret.cli import accounts, answers, exchange, experiment, maintenance, panels, serve, studies, train, versions
 from turret.cli.options import flatten_options
-from turret.cli.output import TYPED, complain, follows
+from turret.cli.output import TYPED, is_follower, print_error
 from turret.errors import TurretError
 from turret.process import collect_garbage_rarely, keep_few_kernels, stop_on_sigterm, wait_briefly
 
@@ -141,7 +141,7 @@ def main() -> None:
     keep_few_kernels()
     collect_garbage_rarely()
     stop_on_sigterm()
-    if follows():
+    if is_follower():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
     sys.exit(run(sys.argv[1:]))
 
@@ -157,7 +157,7 @@ def run(arguments: Sequence[str], commands: typer.Typer = app) -> int:
             if before is not None:
                 os.environ["TURRET_TENANT"] = before
     except KeyboardInterrupt:  # after the command, before its end
-        complain("stopped")
+        print_error("stopped")
         return 130
 
 
@@ -185,15 +185,15 @@ def _run(arguments: Sequence[str], commands: typer.Typer) -> int:
         status = commands(list(arguments), prog_name="turret", standalone_mode=False, obj=literal)
         sys.stdout.flush()
         if status == 130:  # Typer returns it after Ctrl-C
-            complain("stopped")
+            print_error("stopped")
         return status if isinstance(status, int) else 0
     except TurretError as error:
-        complain(str(error))
+        print_error(str(error))
         return error.exit_status
     except TyperException as error:
         return _usage(error)
     except (KeyboardInterrupt, Abort):  # outside a command, or at a prompt
-        complain("stopped")
+        print_error("stopped")
         return 130
     except BrokenPipeError:  # the reader has closed the pipe, as in `turret list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -202,7 +202,7 @@ def _run(arguments: Sequence[str], commands: typer.Typer) -> int:
         if os.environ.get("TURRET_DEBUG") == "1":
             raise
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        complain(f"this is a bug in turret ({what}): set TURRET_DEBUG=1 to see where, and please report it")
+        print_error(f"this is a bug in turret ({what}): set TURRET_DEBUG=1 to see where, and please report it")
         return 1
 
 
@@ -212,5 +212,5 @@ def _usage(error: TyperException) -> int:
         return 2
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "turret"
-    complain(f"{error.format_message().rstrip('.')}: see `{command} --help`")
+    print_error(f"{error.format_message().rstrip('.')}: see `{command} --help`")
     return error.exit_code

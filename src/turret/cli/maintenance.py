@@ -12,7 +12,7 @@ from turret.access import DEFAULT, Access
 from turret.amounts import many, size
 from turret.cli import options
 from turret.cli.output import console, emit, grid, rows, safe
-from turret.errors import counted
+from turret.errors import count_of
 
 if TYPE_CHECKING:
     from turret.workspace.machine import BaseFacts, MachineFacts, ProcessorFacts, StoreFacts
@@ -113,7 +113,7 @@ def _store(store: StoreFacts) -> str:
     if not store["exists"]:
         return f"{safe(store['path'])}  [dim]does not exist yet; `turret train` makes it[/]"
     writable = "" if store["writable"] else ", read-only"
-    return f"{GOOD}{safe(store['path'])}, {counted(store['versions'] or 0, 'version')}{writable}"
+    return f"{GOOD}{safe(store['path'])}, {count_of(store['versions'] or 0, 'version')}{writable}"
 
 
 # --- maintenance ------------------------------------------------------------------------------------------------------
@@ -140,10 +140,10 @@ def verify(
         for problem in found.problems:
             console().print(f"[red]{safe(problem.where)}[/] {safe(problem.path or '')}: {safe(problem.problem)}")
         result = "[green]no problem[/]" if found.ok else f"[red]broken: {len(found.problems)}[/]"
-        versions, files = counted(found.versions, "version"), counted(found.files, "file")
+        versions, files = count_of(found.versions, "version"), count_of(found.files, "file")
         console().print(f"{result}: {versions}, {files}, {size(found.bytes)} hashed")
         if found.orphans:
-            orphans = f"{counted(found.orphans, 'file')} ({size(found.orphan_bytes)})"
+            orphans = f"{count_of(found.orphans, 'file')} ({size(found.orphan_bytes)})"
             console().print(f"[dim]{orphans} that no version lists: turret gc removes them[/]")
     if not found.ok:
         raise typer.Exit(1)

@@ -14,11 +14,11 @@ import typer
 from typer import Argument, Option
 from typer.models import OptionInfo, ParameterInfo
 
-from turret.cli.output import columns, console, emit, offer, status
+from turret.cli.output import columns, console, emit, offer_commands, status
 from turret.errors import RecipeError
 from turret.json_types import JsonMapping, JsonObject
 from turret.location import Location
-from turret.tasks.task import kinds
+from turret.tasks.task import task_kinds
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -48,7 +48,7 @@ BaseQuantization = Annotated[
     Literal["none", "nf4"], Option(help="nf4 keeps the base's linear layers in 4 bits (turret[quantized]).")
 ]
 Device = Annotated[str, Option(metavar="DEVICE", help="auto (a GPU if the base fits), cpu, cuda, cuda:1 or mps.")]
-Kind = Annotated[str | None, Option(help=f"{kinds()}.")]
+Kind = Annotated[str | None, Option(help=f"{task_kinds()}.")]
 Ref = Annotated[str, Argument(metavar="REF", help="A version: name, name@3 or name@production.")]
 Source = Annotated[
     str,
@@ -129,7 +129,7 @@ class Command:
     def offer(self, *commands: str) -> None:
         """Print the next useful commands, but not with `--json`. They are given without `turret`."""
         if not self.as_json:
-            offer(commands, self.store)
+            offer_commands(commands, self.store)
 
 
 @dataclass(frozen=True)

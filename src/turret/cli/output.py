@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
-from turret.errors import one_line, plainly
+from turret.errors import one_line, printable
 from turret.json_types import JsonValue, Plain
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from turret.location import Location
-    from turret.tasks.shapes import Metrics
+    from turret.tasks.shapes import MetricParts, Metrics
 
 TYPED: list[str] = []  # the words of the command that runs, without `turret`
 
@@ -55,7 +55,7 @@ def emit(value: JsonValue) -> None:
     sys.stdout.flush()
 
 
-def offer(commands: Iterable[str], store: Location | str, out: Console | None = None) -> None:
+def offer_commands(commands: Iterable[str], store: Location | str, out: Console | None = None) -> None:
     """Print the next useful commands, with `--store` if the store is neither the usual one nor that of TURRET_STORE.
 
     Args:
@@ -76,12 +76,12 @@ def asks() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
-def follows() -> bool:
+def is_follower() -> bool:
     """Whether torchrun started this process, and another one prints."""
     return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 
 
-def complain(message: str) -> None:
+def print_error(message: str) -> None:
     """Print an error as one line on stderr. If several processes of torchrun fail, only one prints."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         from turret.train.distributed import reports_error
@@ -101,7 +101,7 @@ def safe(text: object) -> str:  # object: anything that `str` takes
     """Text without control characters that rich prints literally, brackets included."""
     from rich.markup import escape
 
-    return escape(plainly(str(text)))
+    return escape(printable(str(text)))
 
 
 def rows(cells: Iterable[Sequence[str]]) -> Table:
@@ -133,6 +133,13 @@ def columns(heads: Sequence[str], rows: Iterable[Sequence[str]], *, right: Seque
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def class_table(classes: MetricParts) -> Table:
+    """Precision, recall, F1 and support of every class."""
+    names = ("precision", "recall", "f1", "support")
+    rows = [(f"  {safe(label)}", *(number(row.get(name)) for name in names)) for label, row in classes.items()]
+    return columns(("class", *names), rows, right=names)
 
 
 def number(value: Plain) -> str:

@@ -188,7 +188,7 @@ def _serve(
     from turret.server.engines import Engines
     from turret.server.services import Services
 
-    process.share()
+    process.use_one_heap()
     Guard(settings.host, workspace.tokens.of_all_tenants())  # refuses before the base is loaded
     with bind(settings.host, settings.port) as listening, ExitStack() as opened:
         with status() as show:

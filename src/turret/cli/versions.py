@@ -11,8 +11,8 @@ from typer import Argument, Option
 
 from turret.amounts import many, size, span
 from turret.cli import options
-from turret.cli.output import columns, console, cut, emit, grid, number, safe, split_metrics
-from turret.errors import NotFound, counted
+from turret.cli.output import class_table, columns, console, cut, emit, grid, number, safe, split_metrics
+from turret.errors import NotFound, count_of
 from turret.json_types import JsonObject, Plain
 from turret.manifest import Lineage, base_in, lineage_in, method_in, task_in
 from turret.tasks import main_metric
@@ -21,12 +21,10 @@ from turret.tasks.shapes import parts_in
 from turret.timestamp import to_minute
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from turret.store import Compared, Deleted, Gate, GateStatus, Golden, Move, Version
     from turret.store.core import VersionFacts
     from turret.store.difference import Difference
-    from turret.tasks.shapes import CalibrationSpec, MetricParts
+    from turret.tasks.shapes import CalibrationSpec
 
 
 # --- diff -------------------------------------------------------------------------------------------------------------
@@ -169,7 +167,7 @@ def _print_list(found: Sequence[Version], compared: Sequence[Compared], more: in
     lines += [(each.name, each.versions[0].number, _comparison_row(each)) for each in compared]
     console().print(columns(heads, [cells for _, _, cells in sorted(lines)], right=("size", "age")))
     if more:
-        console().print(f"[dim]{counted(more, 'earlier version')} without an alias: turret list NAME, or --json[/]")
+        console().print(f"[dim]{count_of(more, 'earlier version')} without an alias: turret list NAME, or --json[/]")
 
 
 def _row(version: Version) -> tuple[str, ...]:
@@ -194,7 +192,7 @@ def _comparison_row(compared: Compared) -> tuple[str, ...]:
         "",
         safe(", ".join(compared.methods)),
         safe(compared.versions[0].base.get("id") or "?"),
-        f"[dim]{counted(len(compared.versions), 'training')} of a comparison[/]",
+        f"[dim]{count_of(len(compared.versions), 'training')} of a comparison[/]",
         size(compared.bytes),
         age(compared.created),
     )
@@ -208,7 +206,7 @@ def _print_show(shown: VersionFacts) -> None:
         classes = parts_in(values, "per_class")
         if classes:
             console().print(f"\n[dim]{safe(split)}, by class[/]")
-            console().print(_report(classes))
+            console().print(class_table(classes))
     files = [(f"  {safe(path)}", size(file["bytes"]), file["digest"][:19]) for path, file in shown["files"].items()]
     console().print()
     console().print(columns(("files", "size", "digest"), files, right=("size",)))
@@ -291,12 +289,6 @@ def _lineage(lineage: Lineage) -> Iterator[tuple[str, str]]:
         yield "recipe", f"[dim]{lines} lines: turret show REF --recipe[/]"
 
 
-def _report(classes: MetricParts) -> Table:
-    names = ("precision", "recall", "f1", "support")
-    rows = [(f"  {safe(label)}", *(number(row.get(name)) for name in names)) for label, row in classes.items()]
-    return columns(("class", *names), rows, right=names)
-
-
 # --- aliases ----------------------------------------------------------------------------------------------------------
 
 
@@ -361,7 +353,12 @@ def gate(
     workspace.gate(name, alias, add=add or (), remove=remove or (), golden=golden, share=share)
     found = workspace.gate_status(name, alias)
     rows = (
-        (f"[green]{safe(name)}@{safe(each.gate.alias)}[/]", safe(each.gate), _examples(each.gate), _result(each))
+        (
+            f"[green]{safe(name)}@{safe(each.gate.alias)}[/]",
+            safe(each.gate),
+            _examples(each.gate),
+            _result(each),
+        )
         for each in found
     )
     none = f"no gate on {safe(f'{name}@{alias}' if alias else name)}"
@@ -383,7 +380,10 @@ def _result(each: GateStatus) -> str:
 
 
 def _print_move(move: Move) -> None:
-    alias, version = f"[green]{safe(move.name)}@{safe(move.alias)}[/]", f"[bold]{safe(move.version)}[/]"
+    alias, version = (
+        f"[green]{safe(move.name)}@{safe(move.alias)}[/]",
+        f"[bold]{safe(move.version)}[/]",
+    )
     if not move.changed:
         console().print(f"{alias} names {version} already: nothing moved{_passed_replays(move)}")
         return

@@ -106,9 +106,9 @@ class Learnt:
         return frozenset(each.seed for each in self.collapses)
 
 
-def learnt(own: Sequence[CellResult], examples: Sequence[Example]) -> Learnt:
+def judge_learning(own: Sequence[CellResult], examples: Sequence[Example]) -> Learnt:
     """Judge the trainings of one row. examples: the test examples, in the order of the answers."""
-    skills = {each.seed: pair for each in own if each.version is not None and (pair := skill(each, examples))}
+    skills = {each.seed: pair for each in own if each.version is not None and (pair := skill_of(each, examples))}
     if not skills:
         return Learnt()
     best, error = max(skills.values())
@@ -118,7 +118,7 @@ def learnt(own: Sequence[CellResult], examples: Sequence[Example]) -> Learnt:
     return Learnt(nothing=all(value <= BY_CHANCE * chance for value, chance in skills.values()))
 
 
-def skill(result: CellResult, examples: Sequence[Example]) -> tuple[float, float] | None:
+def skill_of(result: CellResult, examples: Sequence[Example]) -> tuple[float, float] | None:
     """The skill of a training, and the standard error that it would have by guessing. None if it cannot be computed.
 
     skill = (score - g) / (1 - g), where g is the score of answers that do not depend on the texts.

@@ -14,10 +14,10 @@ from typing import Literal
 
 import numpy as np
 
-from turret.compare.collapse import FEWEST, Collapse, Learnt, learnt, still_falling
+from turret.compare.collapse import FEWEST, Collapse, Learnt, judge_learning, still_falling
 from turret.compare.design import UNTRAINED, Candidate, Design, Power
 from turret.compare.report_text import shorten_text
-from turret.compare.results import CellResult, Costs, Output, costs, made_with
+from turret.compare.results import CellResult, Costs, Output, costs_of, made_with
 from turret.compare.verdict import CONFIDENCE, Interval, Verdict, interval, judge, mcnemar
 from turret.data import Dataset, Example
 from turret.errors import TrainingError
@@ -384,7 +384,7 @@ def comparison(
         },
         rows=rows,
         curves=points,
-        overtaking=overtaking(points, rows, design.against),
+        overtaking=verdicts_by_examples(points, rows, design.against),
         claims=claims(rows, design.against),
         classes=per_class(good, baseline.trained, data, seed) if classes else (),
         confusions=confusion(good, data, classes, specs) if classes else (),
@@ -415,7 +415,7 @@ class SeededResults:
     def of(cls, spec: str, results: Sequence[CellResult], examples: Sequence[Example]) -> SeededResults:
         """The row's results among all. examples: the test examples, in the order of the answers."""
         own = {each.seed: each for each in sorted(results, key=lambda each: each.seed) if each.spec == spec}
-        return cls(own, learnt(list(own.values()), examples))
+        return cls(own, judge_learning(list(own.values()), examples))
 
     @property
     def trained(self) -> dict[int, CellResult]:
@@ -483,7 +483,7 @@ def _row(design: Design, candidate: Candidate, sides: Mapping[str, SeededResults
         metrics={key: fmean(float(each.metrics[key]) for each in good) for key in numbers},
         verdict=verdict,
         mcnemar=tuple(tests),
-        costs=costs(own) if own else None,
+        costs=costs_of(own) if own else None,
         failed=failed,
         collapses=side.learnt.collapses,
         learnt_nothing=side.learnt.nothing,
@@ -533,7 +533,7 @@ def _curves(design: Design, results: Sequence[CellResult], examples: Sequence[Ex
 WORDS = {"better": "better than", "within": "as good as", "worse": "worse than", "undecided": "undecided against"}
 
 
-def overtaking(points: Sequence[CurvePoint], rows: Sequence[ComparisonRow], against: str) -> tuple[str, ...]:
+def verdicts_by_examples(points: Sequence[CurvePoint], rows: Sequence[ComparisonRow], against: str) -> tuple[str, ...]:
     """A sentence per method: the numbers of training examples with each verdict."""
     labels = {row.spec: row.label for row in rows}
     sentences = []

@@ -172,8 +172,7 @@ def shares_of_nearest(rouge: Floats) -> Floats:
     """1 for the nearest reference of each text, shared among ties; all 0 if ROUGE is 0. (N, K) -> (N, K)."""
     most = rouge.max(1, keepdims=True)
     best = (rouge >= most - 1e-12) & (most > 0)
-    shares: Floats = best / np.maximum(best.sum(1, keepdims=True), 1)
-    return shares
+    return best / np.maximum(best.sum(1, keepdims=True), 1)
 
 
 def shown_documents(

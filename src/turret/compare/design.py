@@ -19,7 +19,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from turret.compare import report_text
-from turret.compare.verdict import HIGH, LOW, components
+from turret.compare.verdict import HIGH, LOW, variance_components
 from turret.errors import RecipeError
 from turret.json_types import JsonObject
 from turret.methods import METHODS, method_named
@@ -392,7 +392,7 @@ class Spread:
         usable = [d for d in differences if d.shape[0] > 1 and d.shape[1] > 1]
         if not usable:
             return None
-        parts = [components(100 * d) for d in usable]
+        parts = [variance_components(100 * d) for d in usable]
         seeds, examples, rest = (
             math.sqrt(float(np.mean(variances)))
             for variances in zip(
@@ -502,7 +502,7 @@ def simulate_intervals(spread: Spread, seeds: int, examples: int) -> tuple[Float
     rest = spread.rest**2
     rows = math.sqrt(spread.seeds**2 + rest / examples) * rng.standard_normal((DRAWS, seeds))  # (D, S)
     own = spread.examples**2 + rest / seeds  # variance of a column's mean
-    added = 2 * (own / spread.apart) / examples  # by `evidence.with_pseudo_examples`
+    added = 2 * (own / spread.apart) / examples  # by `with_pseudo_examples`
     columns = own * rng.chisquare(max(1, examples - 1), DRAWS) / max(1, examples - 1) + added  # (D,)
     middle = rows.mean(1) + math.sqrt(spread.examples**2 / examples) * rng.standard_normal(DRAWS)
     weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds  # (R, S)
@@ -520,8 +520,7 @@ def _quantile(rows: Floats, columns: Floats, rest: float, seeds: int, examples: 
     by_examples = np.maximum(0.0, columns - rest / seeds) / examples + rest / (seeds * examples)
     below = by_seeds**2 / (seeds - 1) + by_examples**2 / max(1, examples - 1)
     freedom = np.maximum(1.0, (by_seeds + by_examples) ** 2 / np.maximum(below, 1e-300))
-    wider: Floats = stdtrit(freedom, HIGH) / NormalDist().inv_cdf(HIGH)
-    return wider
+    return stdtrit(freedom, HIGH) / NormalDist().inv_cdf(HIGH)
 
 
 def _normal(count: int) -> Floats:

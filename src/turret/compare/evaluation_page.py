@@ -15,10 +15,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from turret.amounts import many, size, span
 from turret.compare.plots import Mark, agreement, error_by_share, reliability
 from turret.compare.report_text import (
-    chance,
     milliseconds,
+    one_decimal,
+    p_value_text,
     percent,
-    points,
     sentence,
     shorten_text,
     signed_number,
@@ -33,7 +33,7 @@ from turret.compare.results import (
 )
 from turret.data import Input, Prompt, TextPair
 from turret.json_types import JsonMapping, Plain, mapping_of
-from turret.tasks import Measure, Mistake, Task, main_metric, measure_of, measuring
+from turret.tasks import Measure, Mistake, Task, main_metric, measure_of, task_measured_by
 from turret.tasks.calibration import Bin, Decided, Sureness
 from turret.tasks.shapes import Metrics, number_of, parts_in
 
@@ -59,12 +59,12 @@ def environment(html: bool) -> Environment:
         "mb": size,
         "ms": milliseconds,
         "percent": percent,
-        "points": points,
+        "points": one_decimal,
         "seconds": span,
         "sentence": sentence,
         "signed": signed_number,
         "cell": _cell,
-        "p": chance,
+        "p": p_value_text,
     }
     return templates
 
@@ -126,7 +126,7 @@ def shown_details(details: Details, metrics: Metrics, mistakes: int) -> JsonMapp
     Args:
         metrics: of the same examples.
     """
-    confusion, task = details.confusion, measuring(metrics, details.task)
+    confusion, task = details.confusion, task_measured_by(metrics, details.task)
     drawn = [(question, each, reliability_plot(each.bins)) for question, each in details.reliability.items()]
     return {
         "matrix": confusion if confusion is not None and len(confusion.labels) <= MOST_CLASSES else None,
@@ -144,7 +144,7 @@ def shown_details(details: Details, metrics: Metrics, mistakes: int) -> JsonMapp
 def headline(version: str, examples: int, metrics: Metrics, details: Details) -> str:
     """`news@1 is wrong on 12 of 200 examples`."""
     wrong = len(details.mistakes)
-    if measuring(metrics, details.task).right_or_wrong:
+    if task_measured_by(metrics, details.task).right_or_wrong:
         return f"{version} is {'right on all' if not wrong else f'wrong on {wrong} of'} {examples} examples"
     name = main_metric(metrics, details.task)
     if name is None:
@@ -293,7 +293,7 @@ def panel_html(found: PanelEvaluation, *, texts: bool) -> str:
 
 def _question_view(each: QuestionResult, texts: bool) -> JsonMapping:
     """A question as the template shows it."""
-    task = measuring(each.metrics, each.details.task)
+    task = task_measured_by(each.metrics, each.details.task)
     (found,) = each.details.reliability.values()
     chosen = _step(each.sureness, _at(each.sureness, each.threshold), chosen=True)
     return {

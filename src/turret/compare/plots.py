@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from turret.compare.report_text import plus
+from turret.compare.report_text import signed_ascii
 
 # --- labels -----------------------------------------------------------------------------------------------------------
 # Places the names of a plot so that none covers another.
@@ -26,7 +26,7 @@ SHIFTS = (-6, 4, -20, 18, -34, 32, -48, 46, -62, 60)  # of a name's y from its p
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
-def inside(x: float, words: str) -> float:
+def clamp_label(x: float, words: str) -> float:
     """The x of the middle of some words, moved so that they stay inside the plot."""
     half = 3.1 * len(words) + 4
     return max(half, min(WIDTH - half, x))
@@ -189,7 +189,7 @@ def axis(values: Sequence[float], start: float, end: float, *, log: bool = False
     return Axis(low - around, high + around, start, end)
 
 
-def plain(value: float) -> str:
+def short_number(value: float) -> str:
     """`0.5`, `12`, `1.5k`, `2M`."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
@@ -217,10 +217,10 @@ def forest(marks: Sequence[Mark], margin: float, *, unit: str, zero: str, scale:
     parts = [
         _rect(x.at(-margin), top - 6, x.at(margin) - x.at(-margin), foot - top + 6, "band"),
         _line(x.at(0), top - 6, x.at(0), foot, "axis"),
-        _text(inside(x.at(0), zero), top - 12, zero, "note", "middle"),
+        _text(clamp_label(x.at(0), zero), top - 12, zero, "note", "middle"),
     ]
     for place, mark in enumerate(marks):
-        numbers = f"{plus(mark.x)}  ({plus(mark.low)} to {plus(mark.high)})"
+        numbers = f"{signed_ascii(mark.x)}  ({signed_ascii(mark.low)} to {signed_ascii(mark.high)})"
         parts += _draw_mark(x, top + row * place + 26, mark, numbers)
     parts += _x_axis(x, foot, unit, lambda value: f"{value:+g}" if value else "0")
     return _svg(height, parts, f"Differences in {unit}")
@@ -236,11 +236,11 @@ def rates(marks: Sequence[Mark], lines: Sequence[tuple[float, str]], *, unit: st
         y = 12 + 15 * place
         text = f"{words} {value:.0f}"
         parts += [_line(x.at(value), y + 4, x.at(value), foot, "axis dashed")]
-        parts += [_text(inside(x.at(value), text), y, text, "note", "middle")]
+        parts += [_text(clamp_label(x.at(value), text), y, text, "note", "middle")]
     for place, mark in enumerate(marks):
         numbers = f"{mark.x:.0f}%  ({mark.low:.0f} to {mark.high:.0f})"
         parts += _draw_mark(x, top + row * place + 26, mark, numbers)
-    return _svg(foot + 40, [*parts, *_x_axis(x, foot, unit, plain)], unit)
+    return _svg(foot + 40, [*parts, *_x_axis(x, foot, unit, short_number)], unit)
 
 
 def _draw_mark(x: Axis, y: float, mark: Mark, numbers: str) -> list[str]:
@@ -294,7 +294,7 @@ def scatter(
     places = labels([(cx, cy, name) for (cx, cy), name in zip(spots, names, strict=True)], foot, whiskers)
     for place, mark in enumerate(marks):
         (cx, cy), (tx, ty, anchor) = spots[place], places[place]
-        title = f"{mark.label}: {mark.y:.1f} ({mark.low:.1f} to {mark.high:.1f}) at {plain(mark.x)}"
+        title = f"{mark.label}: {mark.y:.1f} ({mark.low:.1f} to {mark.high:.1f}) at {short_number(mark.x)}"
         if place in beyond:
             parts.append(_arrow(cx, cy, 0, beyond[place], mark.kind, title))
         else:
@@ -322,7 +322,7 @@ def curves(lines: Sequence[Line], *, x_label: str, y_label: str) -> str:
     return _svg(HEIGHT, parts, f"{y_label} against {x_label}")
 
 
-def courses(lines: Sequence[LossCurve], *, x_label: str, y_label: str) -> str:
+def loss_curves(lines: Sequence[LossCurve], *, x_label: str, y_label: str) -> str:
     """Loss curves from the start of a training to its end, with the name at the end."""
     foot = HEIGHT - BOTTOM
     x = Axis(0.0, 100.0, LEFT, WIDTH - NAMES)
@@ -346,7 +346,7 @@ def _at_the_end(ends: Sequence[tuple[float, str, str]], foot: float) -> list[str
     ]
 
 
-def stacks(bars: Sequence[Bar], *, unit: str, number: NUMBER = plain) -> str:
+def stacks(bars: Sequence[Bar], *, unit: str, number: NUMBER = short_number) -> str:
     """Horizontal stacks, each below its name and total."""
     row, top = 34, 8
     foot = top + row * len(bars)
@@ -438,7 +438,7 @@ def agreement(points: Sequence[tuple[float, float]]) -> str:
     parts = _grid(x, y, y.start, "right", "answered")
     low, high = min(values), max(values)
     parts.append(_line(x.at(low), y.at(low), x.at(high), y.at(high), "axis dashed"))
-    parts += [_dot(x.at(a), y.at(b), "lora", f"{plain(a)}: {plain(b)}", radius=2.5) for a, b in points]
+    parts += [_dot(x.at(a), y.at(b), "lora", f"{short_number(a)}: {short_number(b)}", radius=2.5) for a, b in points]
     return _svg(340, parts, "answered by right")
 
 
@@ -454,10 +454,10 @@ def _grid(x: Axis, y: Axis, foot: float, x_label: str, y_label: str) -> list[str
     for value in y.ticks():
         parts += [
             _line(LEFT, y.at(value), x.end, y.at(value), "grid"),
-            _text(LEFT - 6, y.at(value) + 4, plain(value), "tick", "end"),
+            _text(LEFT - 6, y.at(value) + 4, short_number(value), "tick", "end"),
         ]
     parts.append(_text(LEFT, TOP - 1, y_label, "note"))
-    return [*parts, *_x_axis(x, foot, x_label, plain)]
+    return [*parts, *_x_axis(x, foot, x_label, short_number)]
 
 
 def _x_axis(x: Axis, foot: float, label: str, number: NUMBER) -> list[str]:
@@ -465,7 +465,7 @@ def _x_axis(x: Axis, foot: float, label: str, number: NUMBER) -> list[str]:
     for value in x.ticks():
         parts += [
             _line(x.at(value), foot, x.at(value), foot + 4, "axis"),
-            _text(inside(x.at(value), number(value)), foot + 17, number(value), "tick", "middle"),
+            _text(clamp_label(x.at(value), number(value)), foot + 17, number(value), "tick", "middle"),
         ]
     return [*parts, _text((x.start + x.end) / 2, foot + 33, label, "note", "middle")]
 

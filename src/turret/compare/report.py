@@ -15,7 +15,7 @@ from turret.compare import report_text
 from turret.compare.comparison import Comparison, ComparisonRow, PerClass
 from turret.compare.design import is_floor
 from turret.compare.evaluation_page import describe_run, environment
-from turret.compare.plots import Bar, Line, LossCurve, Mark, courses, curves, forest, scatter, stacks
+from turret.compare.plots import Bar, Line, LossCurve, Mark, curves, forest, loss_curves, scatter, stacks
 from turret.compare.results import MeanRange
 from turret.json_types import JsonObject
 from turret.methods import method_named
@@ -164,11 +164,14 @@ def _plots(result: Comparison) -> Iterator[tuple[str, str]]:
             Bar(f"{label}, {what}", tuple((name, parts.get(name, 0) / 1e6) for name in PARTS))
             for label, what, parts in _memory(trained)
         ]
-        yield "components", stacks(bars, unit="MB in training, without Python and its libraries", number=whole)
+        yield (
+            "components",
+            stacks(bars, unit="MB in training, without Python and its libraries", number=whole_megabytes),
+        )
     losses = list(_courses(trained))
     if losses:
         label = ", ".join(filter(None, ("loss on the training examples", task_of(result.task).measures["loss"].unit)))
-        yield "losses", courses(losses, x_label="% of the training", y_label=label)
+        yield "losses", loss_curves(losses, x_label="% of the training", y_label=label)
     if result.curves:
         yield "curves", curves(list(_lines(result)), x_label="training examples", y_label=metric)
 
@@ -205,7 +208,7 @@ def _courses(rows: Sequence[ComparisonRow]) -> Iterator[LossCurve]:
                 yield LossCurve(f"{row.label} {seed}", row.kind, values, dashed=True)
 
 
-def whole(value: float) -> str:
+def whole_megabytes(value: float) -> str:
     """Megabytes as text in a plot."""
     return f"{value:,.0f}"
 

@@ -23,22 +23,22 @@ def percent(share: float) -> str:
     return f"{100 * share:.2g}%" if share < 0.1 else f"{100 * share:.0f}%"
 
 
-def chance(p: float) -> str:
+def p_value_text(p: float) -> str:
     """`0.03`, `0.4`, `below 0.001`."""
     return "below 0.001" if p < 0.001 else f"{p:.2g}" if p < 0.995 else "1"
 
 
-def points(value: float) -> str:
+def one_decimal(value: float) -> str:
     """A number with one decimal."""
     return f"{value:.1f}"
 
 
 def signed_number(value: float) -> str:
     """`+0.4`, `-1.2` with a typographic minus; `0.0` has no sign."""
-    return plus(value).replace("-", "\u2212")
+    return signed_ascii(value).replace("-", "\u2212")
 
 
-def plus(value: float) -> str:
+def signed_ascii(value: float) -> str:
     """`+0.4`, `-1.2` with a plain minus; `0.0` has no sign."""
     number = f"{value:+.1f}"
     return "0.0" if number in ("+0.0", "-0.0") else number

@@ -353,7 +353,7 @@ class Costs:
         return self.trainable / max(1, self.total)
 
 
-def costs(own: Sequence[CellResult]) -> Costs:
+def costs_of(own: Sequence[CellResult]) -> Costs:
     """The costs of one row from all its results."""
     first, timed = own[0], [each for each in own if not each.resident][:1]
     trained = [each for each in timed if each.timing]

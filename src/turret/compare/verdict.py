@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import betaincinv, stdtrit
 
-from turret.compare.report_text import plus, rounded_estimate
+from turret.compare.report_text import rounded_estimate, signed_ascii
 from turret.statistics import Floats, sign_flips, sign_test, smallest
 
 CONFIDENCE = 0.95  # of all intervals
@@ -82,7 +82,7 @@ class Components:
         return max(1.0, sum(part for part, _ in parts) ** 2 / below) if below > 0 else 1e6
 
 
-def components(d: Floats) -> Components:
+def variance_components(d: Floats) -> Components:
     """Moment estimates of the three variances, none below zero. d: (S, N)."""
     seeds, examples = d.shape
     rows, columns, whole = d.mean(1), d.mean(0), d.mean()
@@ -138,7 +138,7 @@ def interval(
         v = generator.multinomial(examples, np.full(examples, 1 / examples), size=count) / examples  # (500, N)
         drawn[start : start + count] = middle + stretch * (w @ rows - middle) + (v @ columns - middle)
     low, high = np.quantile(drawn, [LOW, HIGH])
-    found = components(widened)
+    found = variance_components(widened)
     wider = float(stdtrit(found.freedom(seeds, examples), HIGH)) / NormalDist().inv_cdf(HIGH)
     mean = float(d.mean())
     least, most = (-1.0, 1.0) if between is None else between
@@ -170,8 +170,7 @@ def group_columns(d: Floats) -> Floats:
         return d
     size = -(-examples // MOST_RESAMPLED)
     whole = examples // size * size
-    means: Floats = d[:, :whole].reshape(seeds, whole // size, size).mean(2)
-    return means
+    return d[:, :whole].reshape(seeds, whole // size, size).mean(2)
 
 
 def mcnemar(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> tuple[int, int, float]:
@@ -246,8 +245,9 @@ class Verdict:
         d = self.difference
         if d.open:
             samples = "examples" if self.fixed else "examples and seeds"
-            return f"{plus(d.mean)} points, not determined by so few {samples}"
-        return f"{plus(d.mean)} points, {round(100 * d.confidence)}% interval {plus(d.low)} to {plus(d.high)}"
+            return f"{signed_ascii(d.mean)} points, not determined by so few {samples}"
+        low, high = signed_ascii(d.low), signed_ascii(d.high)
+        return f"{signed_ascii(d.mean)} points, {round(100 * d.confidence)}% interval {low} to {high}"
 
     def collapses(self) -> str:
         """`2 of 5 trainings collapsed: seeds 43 and 45`, or an empty text."""
@@ -369,7 +369,7 @@ class Futures:
     """What the mean difference and its interval may become with more seeds and examples, given those that ran.
 
     The true variances and the true mean are not known. So each future draws them from what the present leaves possible
-    (the fiducial distribution of the model in `evidence`), and then draws the new trainings and examples. The first
+    (the fiducial distribution of the model in `judge`), and then draws the new trainings and examples. The first
     half of the futures takes every true mean to be equally likely beforehand. The second half takes means of the
     size of the margin to be usual, which are harder to settle. All in points, with F futures.
     """
@@ -378,7 +378,7 @@ class Futures:
     examples: int
     mean: float
     rest: float  # variance
-    added: float  # to the variance between examples, by `evidence.with_pseudo_examples`, times the number of examples
+    added: float  # to the variance between examples, by `with_pseudo_examples`, times the number of examples
     rows: float  # sum of squares of the rows' means
     between_seeds: Floats  # (F,) variances
     between_examples: Floats  # (F,)
@@ -392,7 +392,7 @@ class Futures:
         """Futures drawn from the results so far. d: differences of S seeds on N examples, (S, N)."""
         seeds, examples = d.shape
         rng = np.random.default_rng(0)  # the same for every number of seeds and examples, so that more is never less
-        rest = components(d).rest
+        rest = variance_components(d).rest
         of_rows = float(d.mean(1).var(ddof=1)) if seeds > 1 else 0.0
         of_columns = float(with_pseudo_examples(d / 100).mean(0).var(ddof=1)) * 1e4
         own = float(d.mean(0).var(ddof=1))

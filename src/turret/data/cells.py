@@ -24,7 +24,7 @@ from typing import TypeVar
 
 from turret.data.examples import Span, TextPair
 from turret.data.table import BETWEEN, FIELD_LIMIT, Answers, CellValue, answer_to, is_missing, trim_text, words_in
-from turret.errors import DataError, listed, shown
+from turret.errors import DataError, quote, quote_all
 from turret.json_types import JsonValue
 
 MOST_CLASSES = 10_000
@@ -90,7 +90,7 @@ def number_of(cell: CellValue) -> float | None:
         if not math.isfinite(number) or (isinstance(text, str) and "_" in text):
             raise ValueError
     except (ValueError, OverflowError):
-        raise DataError(f"expected a number such as 3.5, found {shown(str(cell), 40)}") from None
+        raise DataError(f"expected a number such as 3.5, found {quote(str(cell), 40)}") from None
     return number
 
 
@@ -125,7 +125,7 @@ def json_in(text: str, wrong: str) -> JsonValue:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise DataError(f"{shown(text, 40)} {wrong}") from None
+        raise DataError(f"{quote(text, 40)} {wrong}") from None
 
 
 def texts_in(cell: CellValue, replaced: Counter[str] | None = None) -> str | tuple[str, ...] | None:
@@ -150,7 +150,7 @@ def label_of(cell: CellValue, names: Sequence[str], multi_label: bool) -> Label 
     if not multi_label and len(cell) < 2:  # as tools for annotation write one label
         return _one_label(cell[0], names) if cell else None
     if not multi_label:
-        raise DataError(f"the label is a list ({shown(cell, 40)}): set task.multi_label = true")
+        raise DataError(f"the label is a list ({quote(cell, 40)}): set task.multi_label = true")
     labels = [label for item in cell if (label := _one_label(item, names)) is not None]
     return tuple(sorted(set(labels)))
 
@@ -177,9 +177,9 @@ def _one_label(cell: CellValue, names: Sequence[str]) -> str | None:
         return whole.group(1)
     if _FRACTION.fullmatch(text):
         several = " (or is it several labels? set task.multi_label)" if "," in text else ""
-        raise DataError(f"the label {shown(text, 40)} is a fraction: classes are whole numbers or words{several}")
+        raise DataError(f"the label {quote(text, 40)} is a fraction: classes are whole numbers or words{several}")
     if "\0" in text or _SURROGATE.search(text):
-        raise DataError(f"the label {shown(text, 40)} has NUL or half characters: correct it")
+        raise DataError(f"the label {quote(text, 40)} has NUL or half characters: correct it")
     return text or None
 
 
@@ -192,7 +192,7 @@ def _label_by_number(number: float, names: Sequence[str]) -> str | None:
     if index == -1:  # how `datasets` writes "no label"
         return None
     if not 0 <= index < len(names):
-        raise DataError(f"the label {shown(index, 40)} has no name: the names are {listed(names)}")
+        raise DataError(f"the label {quote(index, 40)} has no name: the names are {quote_all(names)}")
     return names[index]
 
 
@@ -252,7 +252,7 @@ def check_alike(labels: Iterable[str]) -> None:
     if alike:
         more = f", and so do {len(alike) - 1} other groups" if len(alike) > 1 else ""
         raise DataError(
-            f"the labels {' and '.join(shown(each, 40) for each in alike[0][:3])} differ in case or blanks only{more}: "
+            f"the labels {' and '.join(quote(each, 40) for each in alike[0][:3])} differ in case or blanks only{more}: "
             "set data.normalize_labels = true, or write them alike in the table"
         )
 
@@ -311,11 +311,11 @@ def suggest_renames(counts: Mapping[str, int]) -> dict[str, str]:
     return {**typos(counts), **dict.fromkeys(no_values(counts), "")}
 
 
-def doubts(counts: Mapping[str, int]) -> list[str]:
+def doubtful_labels(counts: Mapping[str, int]) -> list[str]:
     """A sentence on each class that is probably a typo or no class."""
     meant = typos(counts)
-    found = [f"{shown(rare, 40)} ({counts[rare]}) looks like {shown(label, 40)}" for rare, label in meant.items()]
-    return found + [f"{shown(label, 40)} ({counts[label]}) looks like no label" for label in no_values(counts)]
+    found = [f"{quote(rare, 40)} ({counts[rare]}) looks like {quote(label, 40)}" for rare, label in meant.items()]
+    return found + [f"{quote(label, 40)} ({counts[label]}) looks like no label" for label in no_values(counts)]
 
 
 def rename_label(label: Label, rename: Mapping[str, str]) -> Label | None:
@@ -350,7 +350,7 @@ def check_joined(labels: Iterable[str], column: str, multi_label: bool) -> None:
     mark, example = found
     set_both = f'data.separator = "{mark}"' + ("" if multi_label else " and task.multi_label = true")
     raise DataError(
-        f"column {shown(column, 40)} has several labels in a cell, such as {shown(example, 40)}: set {set_both}, "
+        f"column {quote(column, 40)} has several labels in a cell, such as {quote(example, 40)}: set {set_both}, "
         f'or data.separator = "" to take them as {len(every)} classes'
     )
 
@@ -359,13 +359,13 @@ def check_classes(counts: Mapping[str, int], rows: int, column: str, multi_label
     """Raise DataError if there are no classes, one, or nearly as many as rows."""
     if not multi_label and len(counts) == 1:
         raise DataError(
-            f"column {shown(column)} has one class, {shown(next(iter(counts)))}: a classifier needs two or more"
+            f"column {quote(column)} has one class, {quote(next(iter(counts)))}: a classifier needs two or more"
         )
     if not counts:
-        raise DataError(f"column {shown(column)} has no labels at all: classifying needs them")
+        raise DataError(f"column {quote(column)} has no labels at all: classifying needs them")
     if len(counts) > MOST_CLASSES or (len(counts) > 100 and 2 * len(counts) > rows):
         raise DataError(
-            f"column {shown(column)} has {len(counts)} different labels in {rows} rows: "
+            f"column {quote(column)} has {len(counts)} different labels in {rows} rows: "
             "is it a column of texts or numbers? name the right one in data.label"
         )
 
@@ -401,8 +401,8 @@ def _tag(cell: CellValue, names: Sequence[str]) -> str:
     if isinstance(cell, int) and not isinstance(cell, bool) and 0 <= cell < len(names):
         return names[cell]
     if isinstance(cell, (int, float)) and not names:
-        raise DataError(f"the tag {shown(cell, 20)} is a number that the table does not name: write tags such as B-PER")
-    raise DataError(f"expected a tag such as B-PER, found {shown(cell, 40)}")
+        raise DataError(f"the tag {quote(cell, 20)} is a number that the table does not name: write tags such as B-PER")
+    raise DataError(f"expected a tag such as B-PER, found {quote(cell, 40)}")
 
 
 def spans_of_tags(words: Sequence[str], tags: Sequence[str]) -> tuple[str, list[Span]]:
@@ -441,11 +441,11 @@ def spans_in(items: Sequence[CellValue], text: str) -> list[Span]:
         else:
             parts = list(item) if isinstance(item, (list, tuple)) else []
         if len(parts) < 3 or not all(isinstance(each, int) and not isinstance(each, bool) for each in parts[:2]):
-            raise DataError(f"expected a span with start, end and label, found {shown(item, 60)}")
+            raise DataError(f"expected a span with start, end and label, found {quote(item, 60)}")
         start, end, label = int(str(parts[0])), int(str(parts[1])), _one_label(parts[2], ())
         if not 0 <= start < end <= len(text) or not label:
             raise DataError(
-                f"the span {shown(item, 60)} has no label, or is outside its text of {len(text)} characters"
+                f"the span {quote(item, 60)} has no label, or is outside its text of {len(text)} characters"
             )
         inside = text[start:end]
         start, end = start + len(inside) - len(inside.lstrip()), end - len(inside) + len(inside.rstrip())
@@ -501,7 +501,7 @@ class RowReader:
 
     def text(self, role: str) -> str:
         """A text; for `tokens` the words with blanks between them."""
-        return self.there((words_of if role == "tokens" else text_of)(self.cell(role), self.replaced))
+        return self.require_value((words_of if role == "tokens" else text_of)(self.cell(role), self.replaced))
 
     def texts(self, role: str) -> str | tuple[str, ...]:
         """A text, or the texts of a list."""
@@ -511,7 +511,7 @@ class RowReader:
         return found
 
     def number(self, role: str) -> float:
-        return self.there(number_of(self.cell(role)))
+        return self.require_value(number_of(self.cell(role)))
 
     def label(self, role: str, *, many: bool = False) -> Label:
         """A class, or with `many` a sorted tuple of classes."""
@@ -529,7 +529,7 @@ class RowReader:
         """The classes that several columns have, sorted, each as `column: class`. A column may have none."""
         cell = self.cell(role)
         if not isinstance(cell, Answers):
-            raise DataError(f"expected the answers of several columns, found {shown(cell, 40)}")
+            raise DataError(f"expected the answers of several columns, found {quote(cell, 40)}")
         found = {column: self._answer(column, each) for column, each in cell.items()}
         if not any(found.values()):
             raise Missing
@@ -549,7 +549,7 @@ class RowReader:
         self.renamed.update([given] if given in self.rename else [])
         if meant and question_in(meant) != column:
             raise DataError(
-                f"data.rename makes {shown(meant, 40)} of {shown(given, 40)}: keep {column + ': '!r} in front"
+                f"data.rename makes {quote(meant, 40)} of {quote(given, 40)}: keep {column + ': '!r} in front"
             )
         return meant
 
@@ -564,18 +564,18 @@ class RowReader:
             words = _words(self.cell("tokens"), self.replaced)
             if not any(words):
                 raise Missing
-            tags = self.there(_cell_items(self.cell("tags")))
+            tags = self.require_value(_cell_items(self.cell("tags")))
             if len(tags) != len(words):
                 raise DataError(f"{len(tags)} tags for {len(words)} words: give a tag for each word")
             text, spans = spans_of_tags(words, [_tag(each, self.names) for each in tags])
         else:
             text = self.text("text")
-            spans = spans_in(self.there(_cell_items(self.cell("spans"))), text)
+            spans = spans_in(self.require_value(_cell_items(self.cell("spans"))), text)
         kept = [(start, end, self.rename.get(label, label)) for start, end, label in spans]
         self.renamed.update({label for _, _, label in spans if label in self.rename})
         return text, tuple(span for span in kept if span[2])
 
-    def there(self, value: T | None) -> T:
+    def require_value(self, value: T | None) -> T:
         """The value. Raises Missing if it is None."""
         if value is None:
             raise Missing

@@ -42,7 +42,7 @@ from turret.data.table import (
     require_columns,
     words_in,
 )
-from turret.errors import DataError, SeveralLabels, listed, shown
+from turret.errors import DataError, SeveralLabels, quote, quote_all
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -205,7 +205,7 @@ class Finder:
         own = {role: self.trained[role] for role in roles if role in self.trained}
         found = {role: column for role, name in own.items() if (column := find_column(name, self.columns)) is not None}
         missing = [name for role, name in own.items() if role not in found]
-        return found, f"the table lacks {listed(missing, 60)}, on which the version was trained" if missing else None
+        return found, f"the table lacks {quote_all(missing, 60)}, on which the version was trained" if missing else None
 
     def find(self, schemas: Sequence[Schema]) -> Columns:
         """The columns that the recipe names, else those with an obvious name. Raises DataError.
@@ -246,10 +246,10 @@ class Finder:
             raise DataError(_not_found(given, self.columns, only))
         found.sort(key=lambda each: (each.roles.keys() != given.keys(), -len(each.roles)))
         if len(found) > 1 and not given and len(found[0].roles) == len(found[1].roles):
-            both = " and ".join(f"{f.schema.kind} ({listed(f.roles.values(), 60)})" for f in found[:2])
+            both = " and ".join(f"{f.schema.kind} ({quote_all(f.roles.values(), 60)})" for f in found[:2])
             raise DataError(
-                f"the columns {listed(self.columns, 80)} fit {both}: set task.kind (--task), or name the columns under "
-                "[data]"
+                f"the columns {quote_all(self.columns, 80)} fit {both}: set task.kind (--task), or name the columns "
+                "under [data]"
             )
         notes = [note, self._guess_note(found[0].schema, found[0].roles, given)]
         return replace(found[0], note="; ".join(filter(None, notes)) or None)
@@ -386,7 +386,7 @@ def align_columns(table: Table, names: Sequence[str]) -> Table:
     missing = [name for name, column in found.items() if column is None]
     if missing:
         raise DataError(
-            f"{table.name} has no column {listed(missing, 60)}: its columns are {list_columns(table.columns)}"
+            f"{table.name} has no column {quote_all(missing, 60)}: its columns are {list_columns(table.columns)}"
         )
     if all(name == column for name, column in found.items()):
         return table
@@ -451,7 +451,7 @@ def _not_found(given: Mapping[str, str], columns: Sequence[str], only: Schema | 
     roles = next((roles for roles in known if given.keys() <= set(roles)), known[0]) if given else known[0]
     if given:
         role = next((role for role in roles if role not in given), roles[-1])
-        named = f" beside {listed(given.values(), 40)}"
+        named = f" beside {quote_all(given.values(), 40)}"
         what = f"the {role}{named} is" if role in OPTIONS else f"data.{role}{named} is"
         remedy = f"add {_option(role)}" if role in OPTIONS else f"set data.{role}"
         return f"cannot tell which column {what}; the columns are {list_columns(columns)}: {remedy}"
@@ -486,7 +486,7 @@ def kept_columns(data: DataSettings, columns: Sequence[str]) -> list[str]:
     ignored = require_columns({name: name for name in data.ignore or ()}, columns)
     named = named_columns(data, (*PLAIN_ROLES, *CHAT_ROLES))
     if used := next((role for role, name in named.items() if find_column(name, list(ignored.values()))), None):
-        raise DataError(f"data.ignore and data.{used} both name the column {shown(named[used], 40)}: keep one of them")
+        raise DataError(f"data.ignore and data.{used} both name the column {quote(named[used], 40)}: keep one of them")
     return [name for name in columns if name not in ignored.values()]
 
 
@@ -503,8 +503,8 @@ def check_unused(data: DataSettings, table: Table, found: Columns) -> None:
             "name it under [data]" if found.schema.conversations else 'name it in data.input with task.kind = "chat"'
         )
         raise DataError(
-            f"{table.name} has the column {shown(name, 40)}, which looks like input, and {found.schema.kind} does "
-            f"not use it: {remedy}, or drop it with data.ignore = [{shown(name, 40)}]"
+            f"{table.name} has the column {quote(name, 40)}, which looks like input, and {found.schema.kind} does "
+            f"not use it: {remedy}, or drop it with data.ignore = [{quote(name, 40)}]"
         )
 
 
@@ -524,8 +524,8 @@ def refuse_later(columns: Sequence[str]) -> None:
         return
     used = [name for name in columns if name_key(name) in ("question", "context", "answers", "answer")]
     raise DataError(
-        f"the columns {listed(used, 80)} belong to the task {task} (answers inside a context), which a later version "
-        "will have: give another table, or name columns of a task of this version"
+        f"the columns {quote_all(used, 80)} belong to the task {task} (answers inside a context), which a later "
+        "version will have: give another table, or name columns of a task of this version"
     )
 
 
@@ -561,8 +561,8 @@ class Candidate:
 
     def describe_classes(self, most: int = 3) -> str:
         """Its name with its most frequent classes."""
-        names = [shown(label, 24) for label in list(self.classes)[:most]]
-        return f"{shown(self.column, 40)} ({', '.join(names)}{', ...' if len(self.classes) > most else ''})"
+        names = [quote(label, 24) for label in list(self.classes)[:most]]
+        return f"{quote(self.column, 40)} ({', '.join(names)}{', ...' if len(self.classes) > most else ''})"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dataclasses import replace
 from turret.data.cells import Missing, RowReader, json_in, text_of
 from turret.data.examples import Conversation, Preferred, Prompt, Turn
 from turret.data.table import CellValue, is_missing, words_in
-from turret.errors import DataError, shown
+from turret.errors import DataError, quote
 from turret.json_types import JsonMapping, JsonObject
 
 MOST_TURNS = 10_000
@@ -89,7 +89,7 @@ def preferred_in(row: RowReader) -> Preferred:
 def _turns_asked(row: RowReader) -> list[Turn]:
     """All turns of a row that has them in one column, else its prompt, with its input after a blank line."""
     if row.has("messages"):
-        return row.there(turns_of(row.cell("messages"), row.replaced))
+        return row.require_value(turns_of(row.cell("messages"), row.replaced))
     turns = _turns_in(row, "prompt", "user")
     more = text_of(row.cell("input"), row.replaced)
     return turns if more is None else [*turns[:-1], Turn(turns[-1].role, f"{turns[-1].content}\n\n{more}")]
@@ -98,9 +98,9 @@ def _turns_asked(row: RowReader) -> list[Turn]:
 def _turns_in(row: RowReader, role: str, speaker: str) -> list[Turn]:
     """A cell with a text, or with turns. Raises Missing."""
     cell = row.cell(role)
-    return (
-        row.there(turns_of(cell, row.replaced)) if isinstance(cell, (list, tuple)) else [Turn(speaker, row.text(role))]
-    )
+    if isinstance(cell, (list, tuple)):
+        return row.require_value(turns_of(cell, row.replaced))
+    return [Turn(speaker, row.text(role))]
 
 
 def _whole_prompt(row: RowReader, turns: Sequence[Turn]) -> Prompt:
@@ -156,7 +156,7 @@ def _turn(value: CellValue, replaced: Counter[str] | None = None) -> Turn:
     role = _ROLES.get(said.strip().lower()) if isinstance(said, str) else None
     if role is None:
         known = "system, user, assistant and tool (or human, gpt, function_call and observation)"
-        raise DataError(f"the role is {shown(str(said), 40)}: expected {known}")
+        raise DataError(f"the role is {quote(str(said), 40)}: expected {known}")
     content = _content(value.get("content", value.get("value")), replaced)
     calls = value.get("tool_calls") or None
     if isinstance(said, str) and said.strip().lower() in _CALLS:

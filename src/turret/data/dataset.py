@@ -39,7 +39,7 @@ from turret.data.examples import MEMORY, Dataset, Example, ExampleStore, Input, 
 from turret.data.source import canonical_split, open_labelled, open_source
 from turret.data.table import CellValue, DataSettings, Size, Table, format_of, require_columns
 from turret.data.text_file import lines_of
-from turret.errors import DataError, counted, listed, one_line, shown
+from turret.errors import DataError, count_of, one_line, quote, quote_all
 
 T = TypeVar("T")
 _ROOM = 270  # characters of the error
@@ -138,8 +138,8 @@ def read_test(
     unknown = sorted({spelling[label] for label in scan.labels} - set(labels)) if labels else []
     if unknown:
         problems.add(
-            f"{table.name} has the label {listed(unknown, 40)}, which the adapter does not know: "
-            f"it knows {listed(labels, 60)}" + ("" if data.normalize_labels else _offer(unknown, labels))
+            f"{table.name} has the label {quote_all(unknown, 40)}, which the adapter does not know: "
+            f"it knows {quote_all(labels, 60)}" + ("" if data.normalize_labels else _offer(unknown, labels))
         )
     problems.require()
     places, examples = [place for place, _ in found], [example.respelt(spelling) for _, example in found]
@@ -249,7 +249,7 @@ def _rows_of(data: DataSettings, schema: Schema, trained: Mapping[str, str] | No
             except cells.Missing:
                 yield Row(place, "", row)
             except DataError as error:
-                column = shown(roles[reader.role], 40)
+                column = quote(roles[reader.role], 40)
                 raise DataError(f"{table.name} {table.unit} {place}, column {column}: {error}") from None
 
     return Rows(replace(table, columns=columns), asked, read)
@@ -312,11 +312,11 @@ class _FirstPass:
             if not counts[label]:
                 there = {each for scan in self.scans.values() for each in scan.labels}
                 raise DataError(
-                    f"data.rename names the label {shown(label, 40)}, which no row has: the labels are "
-                    f"{listed(cells.in_order(there))}"
+                    f"data.rename names the label {quote(label, 40)}, which no row has: the labels are "
+                    f"{quote_all(cells.in_order(there))}"
                 )
             instead = f"read as {meant!r}" if meant else "left out"
-            notes.append(f"{counted(counts[label], 'row')} with the label {label!r}: {instead}")
+            notes.append(f"{count_of(counts[label], 'row')} with the label {label!r}: {instead}")
         return notes
 
     def check_labels(self) -> None:
@@ -343,8 +343,8 @@ class _FirstPass:
             if unknown:
                 rest = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
                 problems.add(
-                    f"{self.tables[split].name} has the label {shown(unknown[0])} ({scan.labels[unknown[0]]} rows)"
-                    f"{rest}, which the training table lacks: its labels are {listed(cells.in_order(counts))}"
+                    f"{self.tables[split].name} has the label {quote(unknown[0])} ({scan.labels[unknown[0]]} rows)"
+                    f"{rest}, which the training table lacks: its labels are {quote_all(cells.in_order(counts))}"
                 )
         problems.require()
 
@@ -355,7 +355,7 @@ class _FirstPass:
             if len(shared):
                 raise DataError(
                     f"{self.tables[first].name} and {self.tables[second].name} share {len(shared)} groups of "
-                    f"{shown(self.data.group, 40)}: give one table, which data.group splits, or leave data.group out"
+                    f"{quote(self.data.group, 40)}: give one table, which data.group splits, or leave data.group out"
                 )
 
     def without_leaks(self, chosen: Chosen) -> tuple[Chosen, list[str]]:
@@ -365,7 +365,7 @@ class _FirstPass:
         held = [inputs[role][chosen.rows[role]] for role in inputs if role != "train"]
         leaks = np.isin(inputs["train"][train], np.concatenate(held)) if held else np.zeros(0, bool)
         notes = [
-            f"{counted(n, 'row')} that {'repeats' if n == 1 else 'repeat'} another one {_is(n)} left out"
+            f"{count_of(n, 'row')} that {'repeats' if n == 1 else 'repeat'} another one {_is(n)} left out"
             for scan in self.scans.values()
             if (n := scan.usable - len(scan.kept))
         ]
@@ -373,7 +373,7 @@ class _FirstPass:
             train = train[~leaks]
             count = int(leaks.sum())
             whose = "its input is" if count == 1 else "their inputs are"
-            notes.append(f"{counted(count, 'training row', 'left out')}, because {whose} held out too")
+            notes.append(f"{count_of(count, 'training row', 'left out')}, because {whose} held out too")
         if not len(train):
             raise DataError(
                 "data.drop_duplicates leaves no training row, because all inputs are held out too: leave it out"
@@ -463,7 +463,7 @@ def _class_notes(labels: Sequence[str], train: Sequence[Example], schema: Schema
         counts.update(example.labels)
     if not schema.many and len(counts) == 1:
         raise DataError(
-            f"all {len(train)} training examples have the label {shown(next(iter(counts)))}: raise data.train"
+            f"all {len(train)} training examples have the label {quote(next(iter(counts)))}: raise data.train"
         )
     notes = []
     if schema.many and not (schema.spans or schema.several) and any("," in label for label in labels):
@@ -471,7 +471,7 @@ def _class_notes(labels: Sequence[str], train: Sequence[Example], schema: Schema
     for number, word in ((0, "no training example"), (1, "only one training example")):
         found = [label for label in labels if counts[label] == number]
         if found:
-            notes.append(f"{word} for the class {listed(found)}")
+            notes.append(f"{word} for the class {quote_all(found)}")
     return notes
 
 
@@ -490,14 +490,14 @@ def _duplicates(
         if duplicates:
             occurs = "occurs" if duplicates == 1 else "occur"
             notes.append(
-                f"{duplicates} of {counted(len(inputs[role]), f'{role} input')} {occurs} in the training examples too"
+                f"{duplicates} of {count_of(len(inputs[role]), f'{role} input')} {occurs} in the training examples too"
             )
     if schema.classes and not schema.many:
         once, with_label = np.unique(train), np.unique(both)
         if len(with_label) > len(once):
             count = len(with_label) - len(once)
             notes.append(
-                f"{counted(count, 'training text')} {'occurs' if count == 1 else 'occur'} with more than one label"
+                f"{count_of(count, 'training text')} {'occurs' if count == 1 else 'occur'} with more than one label"
             )
     return duplicates, notes
 
@@ -536,7 +536,7 @@ def check_varied(inputs: npt.NDArray[np.uint64], both: npt.NDArray[np.uint64], f
     if most >= CONSTANT * len(inputs) and len(np.unique(both)) > len(values):
         raise DataError(
             f"{most} of {len(inputs)} training examples have the same input (column "
-            f"{shown(next(iter(found.roles.values())), 40)}), so no answer can be learnt from it: "
+            f"{quote(next(iter(found.roles.values())), 40)}), so no answer can be learnt from it: "
             "name the columns that differ under [data], such as data.prompt or data.input"
         )
 
@@ -585,7 +585,7 @@ class Scan:
                 self.without[f"{lacks}{roles[reader.role]!r}"] += 1
             except DataError as error:
                 column = roles[reader.role]
-                text = f"{table.name} {table.unit} {place}, column {shown(column, 40)}: {error}"
+                text = f"{table.name} {table.unit} {place}, column {quote(column, 40)}: {error}"
                 if not collect:
                     raise DataError(text) from None
                 self.wrong.setdefault(column, text)
@@ -641,16 +641,16 @@ class Scan:
         return Kinship(np.array(rarest, dtype=np.int64)[self.numbers("labels")[self.kept].astype(np.int64)], groups)
 
     def notes(self, table: Table) -> list[str]:
-        of = f"of {counted(self.rows, 'row')}"
+        of = f"of {count_of(self.rows, 'row')}"
         lost = [f"{n} {of} without {what} {_is(n)} left out" for what, n in self.without.items()]
         if self.ungrouped:
             own = "is a group of its own" if self.ungrouped == 1 else "are groups of their own"
-            lost.append(f"{counted(self.ungrouped, 'row')} without a group {own}")
+            lost.append(f"{count_of(self.ungrouped, 'row')} without a group {own}")
         if several := int((self.numbers("references") > 1).sum()):
             has = "has" if several == 1 else "have"
             lost.append(f"{several} {of} {has} several references: in training each is an example")
-        lost += [f"{what} in {n} of {counted(self.rows, 'conversation')}" for what, n in self.reader.changes.items()]
-        replaced = [f"{counted(count, 'text')} {what}" for what, count in self.reader.replaced.items()]
+        lost += [f"{what} in {n} of {count_of(self.rows, 'conversation')}" for what, n in self.reader.changes.items()]
+        replaced = [f"{count_of(count, 'text')} {what}" for what, count in self.reader.replaced.items()]
         return table.left_out_notes() + [f"{table.name}: {note}" for note in [*lost, *replaced]]
 
     def report(self, table: Table, problems: Problems) -> None:
@@ -765,11 +765,11 @@ def find_sources(data: DataSettings, splits: Sequence[str]) -> Sources:
     }
     twice = [role for role in named if list(named.values()).count(named[role]) > 1]
     if twice:
-        raise DataError(f"{' and '.join(twice)} are both the split {shown(named[twice[0]])}: name different splits")
+        raise DataError(f"{' and '.join(twice)} are both the split {quote(named[twice[0]])}: name different splits")
     free = {canonical_split(split): split for split in reversed(splits) if split not in named.values()}
     train = named.get("train") or free.get("train") or (splits[0] if len(splits) == 1 and not named else None)
     if train is None:
-        raise DataError(f"there is no training split: the splits are {listed(splits)}, so name one in data.train")
+        raise DataError(f"there is no training split: the splits are {quote_all(splits)}, so name one in data.train")
     found: dict[SplitRole, str] = {"train": train}
     carved: list[SplitRole] = []
     for role in ("test", "validation"):
@@ -790,7 +790,7 @@ def test_split(data: DataSettings, splits: Sequence[str]) -> str:
     for split in ("test", "validation"):
         if split in free or len(splits) == 1:
             return free.get(split, splits[0])
-    raise DataError(f"which split to evaluate on? The splits are {listed(splits)}: name one in data.test")
+    raise DataError(f"which split to evaluate on? The splits are {quote_all(splits)}: name one in data.test")
 
 
 def _lookup(role: SplitRole, name: str, splits: Sequence[str]) -> str:
@@ -799,8 +799,8 @@ def _lookup(role: SplitRole, name: str, splits: Sequence[str]) -> str:
     for split in splits:
         if split and canonical_split(split) == canonical_split(name):
             return split
-    there = f"the splits are {listed(splits)}" if any(splits) else "the source is one table without splits"
-    raise DataError(f"data.{role} = {shown(name)}, but {there}: give a number, a fraction, or one of the splits")
+    there = f"the splits are {quote_all(splits)}" if any(splits) else "the source is one table without splits"
+    raise DataError(f"data.{role} = {quote(name)}, but {there}: give a number, a fraction, or one of the splits")
 
 
 @dataclass(frozen=True)
@@ -846,7 +846,7 @@ def choose_rows(
     left = counts[train] - start
     if left < 1 and own.groups is not None and start:
         raise DataError(
-            f"data.group = {shown(data.group, 40)}: the {len(np.unique(own.groups))} groups cannot be split so that "
+            f"data.group = {quote(data.group, 40)}: the {len(np.unique(own.groups))} groups cannot be split so that "
             "one is left to train on: lower data.test and data.validation, or leave data.group out"
         )
     if left < 1:

@@ -59,14 +59,12 @@ class Example:
     @property
     def asked(self) -> Input:
         """What the model is asked."""
-        asked: Input = getattr(self, fields(self)[0].name)
-        return asked
+        return getattr(self, fields(self)[0].name)
 
     @property
     def output(self) -> str | tuple[str, ...]:
         """The right answer in words."""
-        output: str | tuple[str, ...] = getattr(self, fields(self)[1].name)
-        return output
+        return getattr(self, fields(self)[1].name)
 
     @property
     def input(self) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 from turret.data.table import CellValue, check_columns
-from turret.errors import DataError, shown
+from turret.errors import DataError, quote
 from turret.json_types import JsonObject, JsonValue
 
 _SOURCE = re.compile(r"rows:([0-9]{1,12}):([0-9a-f]{64})", re.ASCII)
@@ -82,7 +82,7 @@ def is_rows_source(source: str) -> bool:
 def digest_of(source: str) -> str:
     """The digest in such a source. Raises DataError if it is malformed."""
     if (found := _SOURCE.fullmatch(source)) is None:
-        raise DataError(f"data.source {shown(source, 100)}: expected rows:<number>:<64 hex digits>, as Turret wrote it")
+        raise DataError(f"data.source {quote(source, 100)}: expected rows:<number>:<64 hex digits>, as Turret wrote it")
     return found[2]
 
 
@@ -110,7 +110,7 @@ def write_rows(value: Rows) -> str:
         working.mkdir()
         for split, table in tables.items():
             if not re.fullmatch(r"[A-Za-z][\w.-]{0,40}", str(split), re.ASCII):
-                raise DataError(f"data has the split {shown(split, 40)}: expected a name such as train or test")
+                raise DataError(f"data has the split {quote(split, 40)}: expected a name such as train or test")
             count, digest = _write(working / f"{split}.jsonl", "the given rows" if table is value else split, table)
             whole.update(f"{split}\n{digest}\n".encode())
             rows += count
@@ -223,6 +223,6 @@ def _plain(cell: CellValue, name: str, row: int, column: str) -> JsonValue:
     if callable(listed):
         return _plain(listed(), name, row, column)
     raise DataError(
-        f"{name} row {row}, column {shown(column, 40)}: expected text, a number, a date, a list or a dictionary, "
+        f"{name} row {row}, column {quote(column, 40)}: expected text, a number, a date, a list or a dictionary, "
         f"given {type(cell).__name__}: convert the column, or drop it"
     )

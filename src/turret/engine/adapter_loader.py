@@ -134,8 +134,7 @@ class AdapterLoader:
         self._loaded: deque[_Loading] = deque()
         self._evicted: list[int] = []  # slots to unmount before the next pass
         self._released = False
-        self._names: dict[str, Named] = {}  # by key, as last requested
-        self._times: dict[str, float] = {}  # by key, of the last use
+        self._uses: dict[str, tuple[Named, float]] = {}  # by key: as last requested, and when it was last used
         self._sizes: dict[str, int] = {}  # by key, of tensors that took more than was reserved
         self.loads = self.failed_loads = 0
         slots.on_taken, slots.on_room = self._on_taken, self._room
@@ -190,17 +189,18 @@ class AdapterLoader:
         """All mounted adapters, most recently used first."""
         return [
             LoadedAdapter(
-                version=str(self._names[entry.digest]),
-                digest=self._names[entry.digest].digest,
-                tenant=self._names[entry.digest].tenant,
+                version=str(named),
+                digest=named.digest,
+                tenant=named.tenant,
                 slot=entry.slot,
                 bytes=entry.bytes,
                 pinned=entry.pinned,
-                last_used=self._times[entry.digest],
+                last_used=last_used,
                 requests=entry.holds,
             )
             for entry in sorted(self._slots.entries(), key=lambda each: -each.used)
             if entry.ready
+            for named, last_used in [self._uses[entry.digest]]
         ]
 
     def unload(self, entry: Entry) -> None:
@@ -353,7 +353,7 @@ class AdapterLoader:
             return
         for each in evicted:
             self._pool.unmount(each.slot)
-            self._forget(each)
+            self._uses.pop(each.digest, None)
         self._pool.mount(entry.slot, loaded)
         self.loads += 1
         self._touch(loading.named)
@@ -400,15 +400,10 @@ class AdapterLoader:
 
     def _evict(self, entry: Entry) -> None:
         self._evicted.append(entry.slot)
-        self._forget(entry)
-
-    def _forget(self, entry: Entry) -> None:
-        self._names.pop(entry.digest, None)
-        self._times.pop(entry.digest, None)
+        self._uses.pop(entry.digest, None)
 
     def _touch(self, named: Named) -> None:
-        self._names[named.key] = named
-        self._times[named.key] = self._clock()
+        self._uses[named.key] = named, self._clock()
 
 
 def _named_version(need: Need) -> Named:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from turret import quantized
-from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts, all_finite, check_head, head_paths, require_base
+from turret.adapters.adapter import Adapter, Parts, all_finite, check_head, head_paths, rename_paths, require_base
 from turret.adapters.batch_context import BARE, AdaptedLinear, ReplacedModule
 from turret.adapters.hooks import HookedModel, device_of, hook_model, routed_linear, routed_whole, target_paths
-from turret.adapters.layers import named
-from turret.adapters.lora import LayerChange, sizes
+from turret.adapters.layers import is_of_class
+from turret.adapters.lora import LayerChange, layer_sizes
 from turret.adapters.tuners.tuner import all_parts
 from turret.bases.meta_model import model_of
 from turret.engine.cache import KVSlot
@@ -33,7 +33,7 @@ from turret.families.family import Family, HeadKind, head_of
 from turret.ops.core import real_gpu, upload_tensor
 from turret.ops.lora import GpuRows, MixedRows, Pair, Stack, linear, mixed_rows, sgmv
 from turret.ops.structs import AdapterSpans
-from turret.ops.table import of
+from turret.ops.table import ops_for
 from turret.tasks.task import Task
 from turret.transformer import Model
 
@@ -201,7 +201,7 @@ class Heads:
         for path in paths:
             if path not in self._modules:
                 raise AdapterError(f"the base has no {path!r}: the adapter belongs to another architecture")
-            check_head(self._modules[path], path, _below(path, adapter.head))
+            check_head(self._modules[path], path, _tensors_below(path, adapter.head))
         if missing := [name for name in self._names if name in self._modules and name not in paths]:
             raise AdapterError(f"the adapter has no head {', '.join(missing)}: a classifier needs one; retrain")
         return dict(adapter.head)
@@ -221,7 +221,7 @@ class Heads:
         def call(path: str, module: nn.Module | None, x: Tensor) -> Tensor | list[Tensor]:
             """A module of the head on rows (B, ...). Adapters without weights for it use the body's module."""
             inputs = torch.split(x, [count for _, count in heads])
-            weights = [_below(path, head) for head, _ in heads]
+            weights = [_tensors_below(path, head) for head, _ in heads]
             without = [number for number, own in enumerate(weights) if not own]
             outputs: dict[int, Tensor] = {}
             if without:
@@ -246,7 +246,7 @@ class Heads:
         return list(torch.split(logits.cpu(), [count for _, count in heads]))
 
 
-def _below(path: str, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _tensors_below(path: str, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of one module, by names inside it."""
     return {name[len(path) + 1 :]: value for name, value in head.items() if name.startswith(path + ".")}
 
@@ -303,14 +303,16 @@ class AdapterPool:
         linears = [routed_linear(model, self.attached, path) for path in target_paths(model, "all-linear")]
         self._number = {id(linear): number for number, linear in enumerate(linears)}
         self._paths = {path: self._number[id(linear)] for path, linear in self.attached.linears.items()}
-        self.sizes = [sizes(linear.base_layer) for linear in linears]
+        self.sizes = [layer_sizes(linear.base_layer) for linear in linears]
         self.dtype: torch.dtype = quantized.computes_in(linears[0].base_layer, model)
         self.device = device_of(model)
-        plain = [linear.weight for linear in linears if not quantized.packed(linear.base_layer)]
+        plain = [linear.weight for linear in linears if not quantized.is_packed(linear.base_layer)]
         self._weights = [torch.empty(0, dtype=self.dtype, device=self.device), *plain]
         self.attached.context.adapter_pool = self
         fast = family.fast  # only where a layer gets nothing but the output of the one before it
-        self.layers = [each for each in model.modules() if fast.layout == "post-norm" and named(each, fast.layers)]
+        self.layers = [
+            each for each in model.modules() if fast.layout == "post-norm" and is_of_class(each, fast.layers)
+        ]
         numbers = (
             (layer, self._number.get(id(each))) for layer, own in enumerate(self.layers) for each in own.modules()
         )
@@ -352,15 +354,10 @@ class AdapterPool:
 
     def _with_own_names(self, adapter: Adapter) -> Adapter:
         """The adapter with this model's layer names: T5's classifier has its body one level deeper."""
-        prefix = f"{self._model.base_model_prefix}."
-        if hasattr(self._model, self._model.base_model_prefix):
+        model = self._model
+        if hasattr(model, model.base_model_prefix):
             return adapter
-        deeper = LORA_PREFIX + prefix
-        tensors = {
-            LORA_PREFIX + name.removeprefix(deeper) if name.startswith(deeper) else name: tensor
-            for name, tensor in adapter.tensors.items()
-        }
-        return replace(adapter, tensors=tensors)
+        return replace(adapter, tensors=rename_paths(adapter.tensors, f"{model.base_model_prefix}.", ""))
 
     def _by_layer(self, parts: Parts, head: Mapping[str, Tensor]) -> dict[str, Pair]:
         """A and B by path, in the order of the base's layers; the order in a file may be any."""
@@ -385,7 +382,7 @@ class AdapterPool:
         parts = [part for pair in factors.values() for part in pair]
         layers = tuple((self._paths[path], A.shape[1], B.shape[0]) for path, (A, B) in factors.items())
         layout = factor_layout(len(parts[0]), layers, len(self.sizes), self.dtype)
-        of(flat).lay_out(list(factors.values()), scaling, flat)
+        ops_for(flat).lay_out(list(factors.values()), scaling, flat)
         return layout
 
     # --- slots --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from turret.adapters.batch_context import AdapterPoolProtocol, CachedKV
 from turret.families.family import Site
 from turret.ops.attention import rounded_size
 from turret.ops.core import KVStep, to_device
-from turret.ops.table import of
+from turret.ops.table import ops_for
 
 SHORTEST = 32  # tokens of the shortest slot
 STEPS = ((256, 16), (1024, 64), (1 << 62, 256))  # a step reads S rounded up: to 256 tokens by 16, and so on
@@ -238,7 +238,7 @@ class PassCache:
         prefixes = to_device(torch.tensor([kv_slot.prefixes[group] for kv_slot in part]), self._device)
         numbers = to_device(torch.tensor(lengths), self._device)
         like = part[0].block.stored[group][0][0, : len(part), :, :longest]
-        kept = of(like).kv_step(numbers, prefixes, like)
+        kept = ops_for(like).kv_step(numbers, prefixes, like)
         return _Lengths(numbers, prefixes, longest, min(lengths) == longest, kept)
 
 

@@ -20,7 +20,7 @@ import torch
 
 from turret import process
 from turret.adapters.adapter import Adapter
-from turret.bases.base import Base, share
+from turret.bases.base import Base, share_weights
 from turret.data import Input
 from turret.engine.adapter_loader import AdapterLoader, AdapterSource, Need, Warm, WithAdaptersInMemory
 from turret.engine.adapter_pool import AdapterTensors
@@ -40,6 +40,7 @@ from turret.engine.request import (
     Row,
     Stats,
     Ticket,
+    failed,
     log_failure,
 )
 from turret.engine.runner import Outcome, Runner, pass_tokens
@@ -63,7 +64,7 @@ from turret.errors import (
     one_line,
 )
 from turret.ops.core import use_device
-from turret.ops.table import rest
+from turret.ops.table import end_idle_threads
 from turret.tasks.shapes import Answer
 from turret.tasks.task import Embedding
 
@@ -223,7 +224,7 @@ class Passes:
                 answer["label_set"] = loaded.task.label_sets(logits, request.options.coverage)[0]
             self._listener.ended(request, Done({**answer, "prompt_tokens": request.tokens}), 0)
         except Exception as error:
-            self._listener.ended(request, _failed(error), 0)
+            self._listener.ended(request, failed(error), 0)
 
     def _embedding(self, request: Request) -> Embedding:
         """How the text becomes a vector: as the request says, else as the adapter was trained."""
@@ -238,7 +239,7 @@ class Passes:
             vector = self._embedding(request).vectors(pooled).tolist()
             self._listener.ended(request, Done({"embedding": vector, "prompt_tokens": len(request.ids or ())}), 0)
         except Exception as error:
-            self._listener.ended(request, _failed(error), 0)
+            self._listener.ended(request, failed(error), 0)
 
     def _end_scoring(self, request: Request, scores: Sequence[float]) -> None:
         if all(map(math.isfinite, scores)):
@@ -293,7 +294,7 @@ class Passes:
                 return
             end: Done | Failed = Done(sequence.answer(self._prompts.decode, self._prompts.token_texts))
         except Exception as error:
-            end = _failed(error)
+            end = failed(error)
         self._drop(sequence)
         self._listener.ended(sequence.request, end, sequence.new)
 
@@ -315,14 +316,6 @@ class Passes:
 
 def _slot(request: Request) -> int:
     return request.entry.slot if request.entry is not None else 0
-
-
-def _failed(error: Exception) -> Failed:
-    if isinstance(error, TurretError):
-        return Failed(error)
-    log_failure("a request failed", error)
-    text = f"the answer failed ({type(error).__name__}: {error}): report it to the operator of this engine"
-    return Failed(EngineError(one_line(text)))
 
 
 # --- core -------------------------------------------------------------------------------------------------------------
@@ -360,7 +353,7 @@ class Engine(process.Closing):
         self.base, self.limits = base, limits or Limits()
         self._source, self._clock = WithAdaptersInMemory(source), clock
         # The base's own model stays bare, so that trainings can share it too.
-        self._runner: Runner | Vllm = Runner(share(base)) if vllm is None else vllm
+        self._runner: Runner | Vllm = Runner(share_weights(base)) if vllm is None else vllm
         try:
             self._prompts = Prompts(self._runner.base, self._runner.needs, self.limits)
         except TurretError:
@@ -436,7 +429,7 @@ class Engine(process.Closing):
             kind, text, named, options or SamplingParams(), priority, now, end, self._cancel
         )
         request.tenant, request.group = tenant, getattr(self._submitting, "group", None)
-        rest()  # leave the processors to the engine's thread
+        end_idle_threads()  # leave the processors to the engine's thread
         with self._wake:
             if self._draining:
                 raise Draining("the engine takes no new requests: it is being stopped; ask another one")
@@ -819,7 +812,7 @@ class Engine(process.Closing):
                 if isinstance(need, Warm):
                     self._end_warm(need)
             overdue = self._overdue()
-        self._take_up(ready, failed, overdue)
+        self._schedule_loaded(ready, failed, overdue)
         with self._wake:
             begin = self._scheduler.next()
             for request in begin:
@@ -887,7 +880,7 @@ class Engine(process.Closing):
         self._scheduler.remove(overdue)
         return overdue
 
-    def _take_up(
+    def _schedule_loaded(
         self,
         ready: Sequence[tuple[Need, AdapterTensors]],
         failed: Sequence[tuple[Need, TurretError]],

@@ -17,7 +17,7 @@ from turret.engine.sampling_params import SamplingParams
 from turret.engine.sequence import CONTEXT_TOKENS
 from turret.engine.structured_output import Constraints
 from turret.errors import AdapterError, ContextLengthExceeded, DataError, NoRoom
-from turret.tasks.calibration import require
+from turret.tasks.calibration import require_calibration
 from turret.tasks.chat_template import base_prompt
 from turret.tasks.task import Task
 from turret.tasks.tokens import Tokens
@@ -317,4 +317,4 @@ def _check_coverage(request: Request, coverage: float, loaded: AdapterTensors | 
     task = None if loaded is None else loaded.task
     if task is None or not task.ranks_labels:
         raise AdapterError(f"{request.named or 'the base'} gives no probability of labels: ask it without coverage")
-    require(task.calibration, str(request.named)).threshold(coverage)
+    require_calibration(task.calibration, str(request.named)).threshold(coverage)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from turret.data import Input
 from turret.engine.sampling_params import SamplingParams
 from turret.engine.slots import Entry, MemoryBudget
-from turret.errors import Cancelled, DataError, DeadlineExceeded, TurretError, one_line
+from turret.errors import Cancelled, DataError, DeadlineExceeded, EngineError, TurretError, one_line
 from turret.tasks.shapes import Answer, TokenReport
 from turret.tasks.task import RequestKind
 
@@ -114,7 +114,7 @@ class GenerationSettings:
 
     @property
     def plain(self) -> bool:
-        """Whether `adjust` changes nothing."""
+        """Whether `process_logits` changes nothing."""
         return (
             self.repetition_penalty == 1.0
             and not self.presence_penalty
@@ -255,6 +255,17 @@ class Failed:
 
 
 Event = Piece | Done | Failed
+OPERATOR = "report it to the operator of this engine"
+
+
+def failed(error: Exception, what: str = "the answer", remedy: str = OPERATOR) -> Failed:
+    """The end of a request by an error, which is logged if it is a bug."""
+    if isinstance(error, TurretError):
+        return Failed(error)
+    log_failure(f"{what} failed", error)
+    return Failed(EngineError(one_line(f"{what} failed ({type(error).__name__}: {error}): {remedy}")))
+
+
 Listener = Callable[[Event], None]
 
 
@@ -454,7 +465,7 @@ class Request:
         """Its tokens that a pass reads in which another request has begun: prompts of scored answers are shared."""
         if other is None or not (self.scores and other.scores and self.flow == other.flow):
             return self.tokens
-        return self.tokens - common(self.ids or (), other.ids or ())
+        return self.tokens - common_prefix_length(self.ids or (), other.ids or ())
 
     @property
     def flow(self) -> str:
@@ -545,6 +556,6 @@ class Stats:
     waiting_adapters: Sequence[str]  # versions that requests wait for, as `tenant/name@3`; without the engine's tenant
 
 
-def common(first: Sequence[int], last: Sequence[int]) -> int:
+def common_prefix_length(first: Sequence[int], last: Sequence[int]) -> int:
     """How many tokens two rows have in common at their start."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))

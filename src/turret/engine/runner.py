@@ -21,21 +21,21 @@ from turret.adapters.hooks import detach
 from turret.adapters.packed import (
     body_states,
     decoder_states,
-    pool,
+    pool_rows,
     ready_mask,
     shift_right,
-    tokens,
+    token_arguments,
     vocabulary_logits,
 )
-from turret.bases.base import Base, spare
+from turret.bases.base import Base, copy_modules
 from turret.bases.device import gpu_memory
 from turret.engine.adapter_pool import AdapterPool
 from turret.engine.cache import KeyValueCache, KVSlot, PassCache
-from turret.engine.request import Limits, common, limits_within
+from turret.engine.request import Limits, common_prefix_length, limits_within
 from turret.engine.sampler import TokenLogprobs, token_logprobs
 from turret.engine.sequence import DecodeStep, Prefill, TextTokens
 from turret.ops.core import to_device
-from turret.ops.table import narrows, of
+from turret.ops.table import narrows_last_layer, ops_for
 from turret.transformer import Model
 
 SHORT_PASS, LONG_PASS = 512, 1024  # tokens
@@ -108,7 +108,7 @@ class Runner:
     def __init__(self, base: Base) -> None:
         self.base = base
         self.model: Model = base.model
-        bare = spare(base.model) if base.family.decoder_only else None  # computes what virtual tokens say
+        bare = copy_modules(base.model) if base.family.decoder_only else None  # computes what virtual tokens say
         self.adapter_pool = AdapterPool(self.model, base.family, base.fingerprint)
         self.adapter_pool.attached.spare = None if bare is None else lambda: bare
         self.cache = KeyValueCache(
@@ -302,7 +302,7 @@ class Runner:
         """An encoder that computes its attention itself: one call of the body for each row."""
         parts, kind = [], self.base.family.kind
         for row in rows:
-            ids, settings = tokens(self.model, [row.row])  # (1, T)
+            ids, settings = token_arguments(self.model, [row.row])  # (1, T)
             with self._pass([row], [], {kind: [len(row.ids)]}, [{}], {}):
                 parts.append(
                     self.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[0][0]
@@ -319,7 +319,7 @@ class Runner:
         read = self._read(rows, steps, lengths)
         counts = [len(row.ids) for row in lower]
         starts = [self._start(row.slot) + row.earlier for row in lower]
-        positions = _positions(counts, starts, [self._at(step) for step in steps], self._offset)
+        positions = _positions(counts, starts, [self._next_position(step) for step in steps], self._offset)
         spans = [{"decoder": span} for span in _spans(counts)]
         with self._pass(lower, steps, {kind: counts}, spans, {kind: positions}, read), self._widening(rows, shared):
             hidden = body_states(self.model, ids, to_device(positions, self.device), call)
@@ -352,9 +352,15 @@ class Runner:
     def _read(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep], lengths: Sequence[int]) -> Tensor | None:
         """(B,) int64, the only tokens that a pass of texts to classify reads, if its last layer computes them alone."""
         others = any(row.kv_slot is not None or row.pooling is not None or row.read is not None for row in rows)
-        if steps or others or self._pooling != "first" or not self.adapter_pool.attached.narrows or not narrows():
+        if (
+            steps
+            or others
+            or self._pooling != "first"
+            or not self.adapter_pool.attached.narrows
+            or not narrows_last_layer()
+        ):
             return None
-        if sum(lengths) <= of(self.model.get_input_embeddings().weight).few_for_layers():
+        if sum(lengths) <= ops_for(self.model.get_input_embeddings().weight).few_for_layers():
             return None  # one call of a kernel computes all layers
         return to_device(torch.tensor([start for start, _ in _spans(lengths)]), self.device)
 
@@ -363,7 +369,7 @@ class Runner:
         new = [step.token for step in steps]
         if all(row.segments is None for row in rows):
             return to_device(torch.tensor([[token for row in rows for token in row.ids] + new]), self.device), {}
-        return tokens(self.model, [*[row.row for row in rows], torch.tensor(new, dtype=torch.long)])
+        return token_arguments(self.model, [*[row.row for row in rows], torch.tensor(new, dtype=torch.long)])
 
     def _encoder_decoder(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> _States:
         """The decoder reads a text to classify again, shifted right. For any other row it starts with one token."""
@@ -383,7 +389,7 @@ class Runner:
         starts = [self._start(row.slot) for row in rows]
         positions = {
             "encoder": _positions(lengths["encoder"], [0] * len(lengths["encoder"]), [], 0),
-            "decoder": _positions(lengths["decoder"], starts, [self._at(step) for step in steps], 0),
+            "decoder": _positions(lengths["decoder"], starts, [self._next_position(step) for step in steps], 0),
         }
         target = [token for row in targets for token in row] + [step.token for step in steps]
         ids = to_device(torch.tensor([target]), self.device)
@@ -429,7 +435,7 @@ class Runner:
         """The position of a row's first token: after its prefix in a causal model, 0 in an encoder."""
         return self.adapter_pool.prefix_length(slot) if self.base.family.causal else 0
 
-    def _at(self, step: DecodeStep) -> int:
+    def _next_position(self, step: DecodeStep) -> int:
         """The position of a row's next token."""
         shift = self._start(step.slot) - step.kv_slot.prefixes["decoder"]
         return step.kv_slot.lengths["decoder"] + shift
@@ -470,7 +476,7 @@ class Runner:
         classes: dict[int, Tensor] = {}
         places = [place for place, row in enumerate(rows) if row.kv_slot is None and row.pooling is None]
         if texts := [place for place in places if rows[place].read is None]:
-            pooled = pool(self._pooling, hidden, states.lengths)  # (bodies, D)
+            pooled = pool_rows(self._pooling, hidden, states.lengths)  # (bodies, D)
             slots, counts = [rows[place].slot for place in texts], [1] * len(texts)
             logits = self.adapter_pool.logits("classify", slots, counts, pooled[[body[place] for place in texts]])
             classes = {order[place]: row[0] for place, row in zip(texts, logits, strict=True)}
@@ -511,7 +517,7 @@ class Runner:
         for pooling in {row.pooling for row in rows if row.pooling is not None}:
             places = [place for place, row in enumerate(rows) if row.pooling == pooling]
             own = [body[place] for place in places]
-            pooled = pool(pooling, states.read.float(), states.read_lengths)[own].cpu()  # (B, D)
+            pooled = pool_rows(pooling, states.read.float(), states.read_lengths)[own].cpu()  # (B, D)
             found |= dict(zip(places, pooled, strict=True))
         return found
 
@@ -593,7 +599,7 @@ def token_tree(rows: Sequence[Sequence[int]], slots: Sequence[int], *, shared: b
 def _nodes(rows: Sequence[Sequence[int]], own: Sequence[int], start: int, known: int) -> Iterator[Node]:
     """The nodes of some sorted rows after `start`. known: how many tokens they are known to have in common."""
     first, last = rows[own[0]], rows[own[-1]]
-    end = known + common(first[known:], last[known:])
+    end = known + common_prefix_length(first[known:], last[known:])
     if len(own) == 1 or (len(own) - 1) * (end - start) >= LEAST:
         going = [row for row in own if len(rows[row]) > end]
         children = [child for part in _parts(rows, going, end) for child in _nodes(rows, part, end, end)]

@@ -83,7 +83,7 @@ def would_repeat(counted: Sequence[int], size: int) -> list[int]:
 Counted = tuple[GenerationSettings, Sequence[int], int]  # what penalties count, and the length of the answer so far
 
 
-def adjust(scores: Tensor, rows: Mapping[int, Counted]) -> None:
+def process_logits(scores: Tensor, rows: Mapping[int, Counted]) -> None:
     """All processors up to forced tokens: each is one operation over the tokens that it changes in all rows.
 
     Args:
@@ -91,20 +91,14 @@ def adjust(scores: Tensor, rows: Mapping[int, Counted]) -> None:
         rows: Those whose settings are not plain, by number.
     """
     V = scores.shape[1]
-    seen: list[tuple[int, int]] = []  # (row, token)
-    penalties: list[float] = []
-    raised: list[tuple[int, int]] = []
-    amounts: list[float] = []
+    seen: dict[tuple[int, int], float] = {}  # (row, token) -> its penalty
+    raised: dict[tuple[int, int], float] = {}
     hidden: list[tuple[int, int]] = []
     forced: list[tuple[int, int]] = []
     for number, (settings, counted, new) in rows.items():
         if settings.repetition_penalty != 1.0:
-            own = sorted({token for token in counted if token < V})
-            seen += [(number, token) for token in own]
-            penalties += [settings.repetition_penalty] * len(own)
-        given = logit_offsets(settings, counted, new)
-        raised += [(number, token) for token in given]
-        amounts += given.values()
+            seen |= {(number, token): settings.repetition_penalty for token in counted if token < V}
+        raised |= {(number, token): amount for token, amount in logit_offsets(settings, counted, new).items()}
         if settings.no_repeat_ngram_size:
             hidden += [(number, token) for token in would_repeat(counted, settings.no_repeat_ngram_size)]
         if len(counted) < settings.min_length or new < settings.min_new_tokens:  # too short to end
@@ -115,11 +109,11 @@ def adjust(scores: Tensor, rows: Mapping[int, Counted]) -> None:
     places = to_device(torch.tensor([*seen, *raised, *hidden, *forced]), scores.device)  # one copy for all
     own_places, raises, hides, forces = torch.split(places, [len(seen), len(raised), len(hidden), len(forced)])
     if seen:
-        penalty, at = to_device(torch.tensor(penalties), scores.device), own_places.unbind(1)
+        penalty, at = to_device(torch.tensor(list(seen.values())), scores.device), own_places.unbind(1)
         found = scores[at]
         scores[at] = torch.where(found < 0, found * penalty, found / penalty)
     if raised:
-        scores[raises.unbind(1)] += to_device(torch.tensor(amounts), scores.device)
+        scores[raises.unbind(1)] += to_device(torch.tensor(list(raised.values())), scores.device)
     if hidden:
         scores[hides.unbind(1)] = -torch.inf
     if forced:
@@ -283,7 +277,7 @@ def choose(scores: Tensor, rows: Sequence[Row], guides: Mapping[int, Guide] | No
         for number, row in enumerate(rows)
         if not row.settings.plain
     }
-    adjust(scores, counted)
+    process_logits(scores, counted)
     for number, guide in guides.items():
         guide.mask(scores[number])
     tokens = scores.argmax(-1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from turret.adapters.batch_context import BARE
 from turret.engine.cache import KeyValueCache, KVSlot
 from turret.engine.request import GenerationSettings, Request
-from turret.engine.sampler import TokenLogprobs, adjust
+from turret.engine.sampler import TokenLogprobs, process_logits
 from turret.engine.structured_output import Guide
 from turret.families.family import Pooling
 from turret.ops.core import to_device
@@ -82,7 +82,7 @@ class IncrementalText:
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str], *, strip: bool = True) -> None:
         self._decode, self._stop, self._strip = decode, tuple(stop), strip
-        self._sent = ""
+        self.text = ""
         self._whole = ""
         self.decoded = ""  # all tokens, also after a stop string
         self.stopped = False
@@ -113,16 +113,11 @@ class IncrementalText:
         """The characters in front of the text that were stripped."""
         return len(self._whole) - len(self._whole.lstrip()) if self._strip else 0
 
-    @property
-    def text(self) -> str:
-        """The final part so far; after `end`, the whole answer."""
-        return self._sent
-
     def _extend(self, text: str) -> str:
-        if not text.startswith(self._sent):
+        if not text.startswith(self.text):
             return ""  # the decoder changed an earlier character; the next call returns it
-        new = text[len(self._sent) :]
-        self._sent = text
+        new = text[len(self.text) :]
+        self.text = text
         return new
 
     def _open_end(self) -> int:
@@ -171,7 +166,7 @@ class TokenEnds:
             self.complete = place + 1
 
 
-def between(text: str, ends: Sequence[int], place: int, *, whole: bool) -> str:
+def text_of_token(text: str, ends: Sequence[int], place: int, *, whole: bool) -> str:
     """The text of one token.
 
     Args:
@@ -245,8 +240,8 @@ class AnswerText:
                 if self.stopped and max(0, ends[told - 1] if told else 0) >= until:
                     break  # the rest belongs to the stop string
                 before = [*self._near, *tokens[max(0, told - CONTEXT_TOKENS) : told]][-CONTEXT_TOKENS:]
-                own = between(text, ends, told, whole=self._ended)
-                reports.append(report(own, before, logprobs[told], token_texts))
+                own = text_of_token(text, ends, told, whole=self._ended)
+                reports.append(token_report(own, before, logprobs[told], token_texts))
                 told += 1
             until = until if self._ended else max(0, ends[told - 1] if told else 0)
             self._told = told
@@ -255,7 +250,7 @@ class AnswerText:
         return new, reports
 
 
-def report(text: str, before: Sequence[int], each: TokenLogprobs, token_texts: TokenTexts) -> TokenReport:
+def token_report(text: str, before: Sequence[int], each: TokenLogprobs, token_texts: TokenTexts) -> TokenReport:
     """One token with the most probable ones at its position. text: its own; before: the tokens before it."""
     top = [token for token, _ in each.top]
     others: list[TopToken] = [
@@ -283,10 +278,18 @@ def echo_prompt(
         return text, []
     ends = TokenEnds(decode)
     ends.grow(ids)
-    first: TokenReport = {"token": between(text, ends.ends, 0, whole=True), "id": ids[0], "logprob": None, "top": None}
+    first: TokenReport = {
+        "token": text_of_token(text, ends.ends, 0, whole=True),
+        "id": ids[0],
+        "logprob": None,
+        "top": None,
+    }
     rest = [
-        report(
-            between(text, ends.ends, place, whole=True), ids[max(0, place - CONTEXT_TOKENS) : place], each, token_texts
+        token_report(
+            text_of_token(text, ends.ends, place, whole=True),
+            ids[max(0, place - CONTEXT_TOKENS) : place],
+            each,
+            token_texts,
         )
         for place, each in enumerate(prompt, 1)
     ]
@@ -346,7 +349,7 @@ class Beams:
         scores = torch.log_softmax(logits, dim=-1)
         if not settings.plain:
             running = enumerate(self.running[: len(scores)])
-            adjust(scores, {row: (settings, [*self._before, *tokens], len(tokens)) for row, tokens in running})
+            process_logits(scores, {row: (settings, [*self._before, *tokens], len(tokens)) for row, tokens in running})
         scores = scores.expand(k, -1) + to_device(torch.tensor(self._scores), scores.device)[:, None]
         V = scores.shape[1]
         count = max(2, 1 + len(settings.eos)) * k

@@ -50,7 +50,7 @@ class Constraints:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, eos: Sequence[int]) -> None:
-        self._tokenizer, self._vocabulary, self._eos = tokenizer, vocabulary, list(eos)
+        self._tokenizer, self._vocabulary, self.eos = tokenizer, vocabulary, list(eos)
         self._lock = threading.Lock()
         # by digest: the matcher and the bytes of its grammar; why it is refused and until when that holds
         self._known: OrderedDict[bytes, tuple[LLMatcher, int]] = OrderedDict()
@@ -107,22 +107,17 @@ class Constraints:
         """The tokenizer as llguidance reads it, here and in the helper. Called with the lock."""
         if self._own is None or self._helper is None:
             backend = getattr(self._tokenizer, "backend_tokenizer", None)
-            if backend is None or not self._eos:
+            if backend is None or not self.eos:
                 raise DataError("structured answers need a base with a fast tokenizer and an end-of-text token")
             size = max(self._vocabulary, backend.get_vocab_size())
             text = str(backend.to_str())
             try:
-                self._own = tokenizer_of(text, size, self._eos)
+                self._own = tokenizer_of(text, size, self.eos)
             except Exception as error:  # Rust's, of any type
                 reason = one_line(str(error), 160)
                 raise DataError(f"structured answers do not work with the tokenizer of this base: {reason}") from None
-            self._helper = helper_process(text, size, self._eos)
+            self._helper = helper_process(text, size, self.eos)
         return self._own, self._helper
-
-    @property
-    def eos(self) -> Sequence[int]:
-        """The tokens that end an answer of the base."""
-        return self._eos
 
 
 def _digest(constraint: Constraint) -> bytes:

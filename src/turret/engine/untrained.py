@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from turret.data import Pair
 from turret.engine.request import Ask, Named
 from turret.engine.sampling_params import SamplingParams
-from turret.errors import BaseModelError, DataError, shown
+from turret.errors import BaseModelError, DataError, quote
 from turret.json_types import JsonObject
 from turret.tasks.chat import bare_chat
 from turret.tasks.shapes import Answer
@@ -64,11 +64,11 @@ class Question:
 
     def __post_init__(self) -> None:
         if isinstance(self.labels, str) or not 2 <= len(self.labels) <= MOST_LABELS or not all(self.labels):
-            raise DataError(f"a question needs 2 to {MOST_LABELS} labels, given {shown(self.labels, 80)}")
+            raise DataError(f"a question needs 2 to {MOST_LABELS} labels, given {quote(self.labels, 80)}")
         if len(set(self.labels)) < len(self.labels):
-            raise DataError(f"the labels of a question must be different, given {shown(list(self.labels), 80)}")
+            raise DataError(f"the labels of a question must be different, given {quote(list(self.labels), 80)}")
         if unknown := next((each for each in self.descriptions if each not in self.labels), None):
-            raise DataError(f"{shown(unknown, 40)} is described and is no label of the question: leave it out")
+            raise DataError(f"{quote(unknown, 40)} is described and is no label of the question: leave it out")
 
     def prompt(self, text: str) -> str:
         """The text and the question."""
@@ -128,7 +128,7 @@ class ByWords:
         self._targets = tuple(() if target is None else tuple(target.ids.tolist()) for _, target in encoded)
         for label, (_, target) in zip(question.labels, encoded, strict=True):
             if target is None or target.cut:
-                raise DataError(f"label {shown(label, 40)} has too many tokens for an answer: give a shorter one")
+                raise DataError(f"label {quote(label, 40)} has too many tokens for an answer: give a shorter one")
 
     def first(self) -> Sequence[Ask]:
         """What is asked once, before any text."""

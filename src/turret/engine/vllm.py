@@ -40,7 +40,7 @@ from turret.engine.request import (
     PassListener,
     Request,
     VllmServer,
-    log_failure,
+    failed,
 )
 from turret.engine.sampler import TokenLogprobs
 from turret.engine.sequence import RunningSequence
@@ -361,15 +361,10 @@ class VllmPasses:
             end = Done(sequence.answer(self._prompts.decode, self._prompts.token_texts))
         except asyncio.CancelledError:
             return  # it was dropped
-        except TurretError as error:
-            end = Failed(error)
         except httpx2.HTTPError as error:
             end = Failed(self._vllm.away(error))
         except Exception as error:
-            log_failure("an answer of vLLM failed", error)
-            end = Failed(
-                EngineError(one_line(f"the answer of vLLM failed ({type(error).__name__}: {error}): ask again"))
-            )
+            end = failed(error, "the answer of vLLM", "ask again")
         if self._forget(sequence):
             self._listener.ended(sequence.request, end, sequence.new)
 

@@ -317,7 +317,9 @@ def analyze(
             half.get(arm.name),
             memory.mean(arm.name),
             watch.sums.get(arm.name, ArmHealth()),
-            against(experiment, arm, memory, void=alarm is not None, units=seen) if arm.role == "candidate" else None,
+            compare_with_control(experiment, arm, memory, void=alarm is not None, units=seen)
+            if arm.role == "candidate"
+            else None,
         )
         for arm in experiment.arms
     )
@@ -332,7 +334,7 @@ def analyze(
     return Analysis(experiment, arms, checks, alarm, recorded, discovery, decision, history)
 
 
-def against(
+def compare_with_control(
     experiment: Experiment, arm: Arm, memory: Memory, *, void: bool, units: Mapping[str, int] | None = None
 ) -> Against:
     """The candidate against the control, by the sums in the memory.
@@ -469,5 +471,7 @@ class EvidenceHistory:
 
     def _point(self, experiment: Experiment, at: str) -> EvidencePoint:
         means = {arm.name: self._memory.mean(arm.name) for arm in experiment.arms}
-        known = {arm.name: against(experiment, arm, self._memory, void=False) for arm in experiment.candidates}
+        known = {
+            arm.name: compare_with_control(experiment, arm, self._memory, void=False) for arm in experiment.candidates
+        }
         return EvidencePoint(self._seen, at, means, known)

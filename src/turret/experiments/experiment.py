@@ -239,7 +239,7 @@ def read_duration(text: str, what: str = "duration") -> float:
     return sum(float(number) * SECONDS[unit] for number, unit in parts)
 
 
-def lasting(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     """Format a duration for people: `7 days`, `1.5 hours`."""
     for name, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if seconds >= size:

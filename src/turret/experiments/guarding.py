@@ -163,7 +163,7 @@ class Watch:
     _control: ArmHealth = NOTHING  # answers of the control since the split: the block of an arm without answers
 
     def read(self, found: Sequence[HealthRow], splits: Sequence[tuple[str, Mapping[str, float]]]) -> None:
-        """Add rows of `arm_health.health_rows`, in order and with all rows of a time together.
+        """Add rows of `rows.health_rows`, in order and with all rows of a time together.
 
         Args:
             splits: start and weights of each split, oldest first.

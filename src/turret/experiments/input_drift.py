@@ -72,7 +72,7 @@ def unpack_vectors(rows: Sequence[bytes], size: int) -> Floats:
     return found
 
 
-def distinct(vectors: Floats, most: int = MOST_REFERENCES, seed: int = 0) -> Floats:
+def distinct_vectors(vectors: Floats, most: int = MOST_REFERENCES, seed: int = 0) -> Floats:
     """At most so many of the vectors, in an order by the seed, and none that equals an earlier one: (N, D)."""
     kept = np.empty((0, vectors.shape[1]))
     for row in vectors[np.random.default_rng(seed).permutation(len(vectors))]:

@@ -24,7 +24,7 @@ from sqlalchemy import ColumnElement, Connection, exists, func, insert, select
 from turret.database import assignments, experiments, outcomes, seen_experiments
 from turret.errors import BadExperiment
 from turret.experiments import assign, rows
-from turret.experiments.experiment import Experiment, lasting, seconds_between
+from turret.experiments.experiment import Experiment, duration_text, seconds_between
 from turret.json_types import AsJson, Plain
 from turret.timestamp import to_minute
 
@@ -134,8 +134,8 @@ def record(
         other = "" if same[0] == number else f", not {number:g}"
         return Recorded("repeated", f"this answer already has the outcome {same[0]:g}: it stays{other}", **names)
     if not before and (waited := _too_late(connection, now, answer.unit, at)) is not None:
-        ttl = f"outcomes of {now} count for {lasting(now.outcome_ttl or 0.0)}"
-        why = f"this {now.unit} was first answered {lasting(waited)} ago, and {ttl}: not counted"
+        ttl = f"outcomes of {now} count for {duration_text(now.outcome_ttl or 0.0)}"
+        why = f"this {now.unit} was first answered {duration_text(waited)} ago, and {ttl}: not counted"
         return Recorded("late", why, **names)
     row = {
         "assignment_id": answer.id,

@@ -46,7 +46,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr
 
-from turret.errors import DataError, listed, shown
+from turret.errors import DataError, quote, quote_all
 from turret.experiments.evidence import HIDDEN
 from turret.experiments.guarding import ODDS, log_over_bound
 from turret.json_types import JsonObject
@@ -87,10 +87,10 @@ class Bound:
         if kind == "error" and not label:
             return cls("error", None, error, confidence)
         if kind not in ("misses", "precision") or not label:
-            raise DataError(f"metric {shown(metric, 60)}: expected error, misses:LABEL or precision:LABEL")
+            raise DataError(f"metric {quote(metric, 60)}: expected error, misses:LABEL or precision:LABEL")
         if label not in labels:
             raise DataError(
-                f"metric {shown(metric, 60)}: no label {shown(label, 40)}, expected one of {listed(labels)}"
+                f"metric {quote(metric, 60)}: no label {quote(label, 40)}, expected one of {quote_all(labels)}"
             )
         return cls("misses" if kind == "misses" else "precision", label, error, confidence)
 
@@ -134,7 +134,7 @@ class Choice:
         return self.decided / self.examples if self.examples else 0.0
 
 
-def choose(bound: Bound, given: Sequence[str], right: Sequence[str], probability: Floats) -> Choice:
+def choose_threshold(bound: Bound, given: Sequence[str], right: Sequence[str], probability: Floats) -> Choice:
     """The loosest threshold that keeps the bound, on examples that nothing was chosen by.
 
     Args:
@@ -160,13 +160,13 @@ def _for_errors(probability: Floats, wrong: Bools, bound: Bound) -> tuple[float 
     """The threshold for the error among decided; or None, and how many examples would be enough."""
     order = np.argsort(-probability, kind="stable")
     ranked, k = probability[order], np.cumsum(wrong[order], dtype=np.int64)
-    m = surest(ranked, k, bound.error, bound.level)
+    m = count_decidable(ranked, k, bound.error, bound.level)
     if m == 0:
         return None, _enough(k, bound)
     return (0.0 if m == len(ranked) else float(ranked[m - 1])), None
 
 
-def surest(ranked: Floats, k: NDArray[np.int64], error: float, level: float) -> int:
+def count_decidable(ranked: Floats, k: NDArray[np.int64], error: float, level: float) -> int:
     """How many of the most probable answers can be decided; 0 if none.
 
     Args:
@@ -174,7 +174,7 @@ def surest(ranked: Floats, k: NDArray[np.int64], error: float, level: float) -> 
         k: how many of the first m are wrong, (N,).
     """
     n = len(ranked)
-    begins = starts(n, error, level)
+    begins = starting_points(n, error, level)
     if not begins:
         return 0
     p = bdtr(k, np.arange(1, n + 1), error)
@@ -190,16 +190,16 @@ def surest(ranked: Floats, k: NDArray[np.int64], error: float, level: float) -> 
     return best
 
 
-def starts(n: int, error: float, level: float) -> list[int]:
+def starting_points(n: int, error: float, level: float) -> list[int]:
     """Numbers of decided examples at which the sequence starts: by the number of examples alone."""
-    both = [fewest(allowed, error, level / len(ALLOWED)) for allowed in ALLOWED]
+    both = [fewest_decided(allowed, error, level / len(ALLOWED)) for allowed in ALLOWED]
     if both[-1] <= n / 2:
         return both
-    one = fewest(ALLOWED[0], error, level)
+    one = fewest_decided(ALLOWED[0], error, level)
     return [one] if one <= n else []
 
 
-def fewest(wrong: int, error: float, level: float) -> int:
+def fewest_decided(wrong: int, error: float, level: float) -> int:
     """The smallest number of decided examples with which so many wrong ones pass the test."""
     found = smallest(lambda decided: bdtr(wrong, decided, error) <= level, wrong, wrong + 1)
     assert found is not None, "with enough examples any error passes"
@@ -211,7 +211,7 @@ def _for_misses(probability: Floats, mine: Bools, wrong: Bools, bound: Bound) ->
     n = int(mine.sum())
     passes = np.flatnonzero(bdtr(np.arange(n + 1), n, bound.error) <= bound.level)
     if not len(passes):
-        return None, fewest(0, bound.error, bound.level)
+        return None, fewest_decided(0, bound.error, bound.level)
     missed = np.sort(probability[mine & wrong])[::-1]
     if len(missed) <= passes[-1]:
         return 0.0, None
@@ -315,7 +315,7 @@ class Standing:
         return dict(vars(self))
 
 
-def standing(watch: Watch, *, silent: float, missing: float) -> Standing:
+def promise_state(watch: Watch, *, silent: float, missing: float) -> Standing:
     """The state of a promise.
 
     Args:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from turret.experiments.analyze import Against, Analysis, ArmAnalysis
-from turret.experiments.experiment import Arm, Experiment, lasting
+from turret.experiments.experiment import Arm, Experiment, duration_text
 from turret.experiments.rows import EventDetail
 from turret.experiments.validity import NEEDED
 
@@ -14,7 +14,7 @@ from turret.experiments.validity import NEEDED
 def verdicts(analysis: Analysis) -> Iterator[str]:
     """One line per verdict, the most important first."""
     if analysis.void:
-        yield void(analysis)
+        yield why_void(analysis)
         for each in analysis.arms:
             if each.against is not None and each.against.if_alike in ("better", "worse"):
                 who = f"{each.arm.name} ({each.version})"
@@ -76,7 +76,7 @@ def advice(analysis: Analysis) -> str:
     return f"wait{wider}; you may look as often as you like"
 
 
-def traffic(experiment: Experiment) -> str:
+def traffic_split(experiment: Experiment) -> str:
     """The current split, such as `candidate 20% (planned 5% → 20% → 50%)`."""
     parts = [f"{arm.name} {_percent(experiment.weights.get(arm.name, 0.0))}" for arm in experiment.arms if _shown(arm)]
     planned = (
@@ -85,16 +85,15 @@ def traffic(experiment: Experiment) -> str:
     return ", ".join(parts) + planned
 
 
-def lives(experiment: Experiment) -> str:
+def outcome_lifetime(experiment: Experiment) -> str:
     """How long outcomes count."""
     if experiment.outcome_ttl is None:
         return "count at any time"
-    return (
-        f"count for {lasting(experiment.outcome_ttl)} after the first answer; after that a unit without one is missing"
-    )
+    ttl = duration_text(experiment.outcome_ttl)
+    return f"count for {ttl} after the first answer; after that a unit without one is missing"
 
 
-def bears(experiment: Experiment) -> str:
+def missing_outcomes_text(experiment: Experiment) -> str:
     """How many missing outcomes a verdict must bear."""
     if not experiment.missing_bound:
         return "taken to be like the others (--missing-bound 0)"
@@ -142,7 +141,7 @@ def event(verb: str, detail: EventDetail) -> str:
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
-def void(analysis: Analysis) -> str:
+def why_void(analysis: Analysis) -> str:
     """Why the arms cannot be compared, as it was first recorded."""
     if analysis.recorded is not None:
         return str(analysis.recorded.get("why"))
@@ -157,7 +156,7 @@ def void(analysis: Analysis) -> str:
         )
         what = f"OUTCOMES MISSING: the arms' shares of outcomes differ from their shares of units ({counts})"
     else:
-        delays = ", ".join(f"{each.arm.name} half within {lasting(each.half_within or 0.0)}" for each in live)
+        delays = ", ".join(f"{each.arm.name} half within {duration_text(each.half_within or 0.0)}" for each in live)
         what = f"OUTCOMES DELAYED: they take longer in one arm than in another ({delays})"
     evidence = f"evidence {analysis.checks[check]:.3g}, an alarm needs {NEEDED:.3g}"
     return f"{what}; {evidence}: no verdict, because the units of the arms are not comparable"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from turret.errors import UnknownFamily
 from turret.families.albert import ALBERT
 from turret.families.bart import BART, MBART, PEGASUS
@@ -23,10 +21,7 @@ from turret.families.phi3 import PHI3
 from turret.families.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 from turret.families.t5 import MT5, T5
 from turret.json_types import Plain
-
-if TYPE_CHECKING:
-    from turret.transformer import ModelConfig
-
+from turret.transformer import ModelConfig
 
 # --- table ------------------------------------------------------------------------------------------------------------
 # The table of families.

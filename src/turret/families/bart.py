@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from turret.families.family import Family, last
+from turret.families.family import Family, last_token
 
 
 def bart_like(name: str, stem: str, *, head_modules: tuple[str, ...] = ("classification_head",)) -> Family:
@@ -15,7 +15,7 @@ def bart_like(name: str, stem: str, *, head_modules: tuple[str, ...] = ("classif
         head_modules=head_modules,
         tag_modules=(),
         classify=lambda part, pooled: part("classification_head")(pooled),
-        pooling=last,
+        pooling=last_token,
         positions="table",
         position_module="embed_positions",
         cross_attention=("encoder_attn",),

@@ -1,6 +1,6 @@
 """The protocol of a family: the names of an architecture's modules, and small functions that differ by architecture.
 
-A family is one `Family`, in a file of its own, listed in `table.py`. Loads no torch.
+A family is one `Family`, in a file of its own, listed in `turret.families`. Loads no torch.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ class FastPaths:
     layout: Layout | None = None
 
 
-def first(config: ModelConfig) -> Pooling:
+def first_token(config: ModelConfig) -> Pooling:
     """A classifier reads the first token."""
     return "first"
 
 
-def last(config: ModelConfig) -> Pooling:
+def last_token(config: ModelConfig) -> Pooling:
     """A classifier reads the last token. In an encoder-decoder that is the decoder's end-of-sequence token."""
     return "last"
 
@@ -139,8 +139,7 @@ def parts_of_head(model: Model) -> HeadParts:
     """The modules that `Family.classify` names: children of a classifier or of its body."""
 
     def part(name: str) -> Callable[[Tensor], Tensor]:
-        found: Callable[[Tensor], Tensor] = getattr(model if hasattr(model, name) else model.base_model, name)
-        return found
+        return getattr(model if hasattr(model, name) else model.base_model, name)
 
     return part
 
@@ -150,7 +149,7 @@ def project(model: Model, hidden: Tensor, output: OutputLayer) -> Tensor:
     return output(hidden)
 
 
-def tag(part: HeadParts, hidden: Tensor) -> Tensor:
+def tag_tokens(part: HeadParts, hidden: Tensor) -> Tensor:
     """Logits of each token: dropout and one linear layer."""
     return part("classifier")(part("dropout")(hidden))
 
@@ -211,10 +210,10 @@ class Family:
     rows_alone: bool = False
     head_dropouts: tuple[str, ...] = ()
     tag_modules: tuple[str, ...] = ("classifier",)
-    tag: Callable[[HeadParts, Tensor], Tensor] = tag
+    tag: Callable[[HeadParts, Tensor], Tensor] = tag_tokens
     heads_first: tuple[str, ...] = ()
     output_layer: str = "lm_head"
-    pooling: Callable[[ModelConfig], Pooling] = first
+    pooling: Callable[[ModelConfig], Pooling] = first_token
     body_excludes: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     positions: Literal["table", "rotary", "relative"] = "rotary"

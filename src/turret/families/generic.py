@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import TYPE_CHECKING
 
-from turret.families.family import Family, HeadParts, Kind, Pooling, first, last, no_offset
+from turret.families.family import Family, HeadParts, Kind, Pooling, first_token, last_token, no_offset
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -64,7 +64,7 @@ def guesses(model: Model, kind: Kind) -> Iterator[Family]:
     classifies = "ForSequenceClassification" in type(model).__name__
     attention = _attention(model)
     heads = _heads(model)
-    poolings: Sequence[Callable[[ModelConfig], Pooling]] = (last,) if kind == "decoder" else (first, _mean)
+    poolings: Sequence[Callable[[ModelConfig], Pooling]] = (last_token,) if kind == "decoder" else (first_token, _mean)
     ways: Sequence[Classify] = CLASSIFY if classifies else (_nothing,)
     alone = (False, True) if attention else (True,)
     if kind == "decoder" and not attention:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from turret.families.family import Family, last
+from turret.families.family import Family, last_token
 from turret.families.llama import classify
 
 GPT2 = Family(
@@ -13,7 +13,7 @@ GPT2 = Family(
     head_modules=("score",),
     classify=classify,
     tag_modules=(),
-    pooling=last,
+    pooling=last_token,
     positions="table",
     fan_in_fan_out=True,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from turret.families.family import Family, FastPaths, HeadParts, last
+from turret.families.family import Family, FastPaths, HeadParts, last_token
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ def llama_like(name: str, stem: str) -> Family:
         classify=classify,
         tag_modules=("score",),
         tag=lambda part, hidden: part("score")(part("dropout")(hidden)),
-        pooling=last,
+        pooling=last_token,
         vllm_lora=True,
         fast=FastPaths(
             rms_norms=(f"{stem}RMSNorm",),

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 def configured_window(module: nn.Module) -> int | None:
     """The sliding window of all layers, as the configuration has it."""
-    window: int | None = getattr(getattr(module, "config", None), "sliding_window", None)
-    return window
+    return getattr(getattr(module, "config", None), "sliding_window", None)
 
 
 MISTRAL = replace(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from turret.families.family import Family, FastPaths, OutputLayer, RelativeBias, Vocabulary, last, project
+from turret.families.family import Family, FastPaths, OutputLayer, RelativeBias, Vocabulary, last_token, project
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,7 @@ def t5_like(name: str, stem: str, *, vocabulary: Vocabulary = project) -> Family
         head_modules=("classification_head",),
         tag_modules=(),
         classify=lambda part, pooled: part("classification_head")(pooled),
-        pooling=last,
+        pooling=last_token,
         positions="relative",
         relative_bias=RelativeBias("compute_bias", owns_bias, bias),
         cross_attention=("EncDecAttention",),

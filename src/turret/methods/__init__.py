@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from turret.errors import RecipeError, shown
+from turret.errors import RecipeError, quote
 from turret.json_types import Plain
 from turret.manifest import MethodSpec
 from turret.methods.full import Full
@@ -40,7 +40,7 @@ def method_class(value: Plain) -> type[Method]:
     """The method class of a `[method]` table or of a kind. Raises RecipeError for an unknown kind."""
     kind = value.get("kind") if isinstance(value, Mapping) else value
     if not isinstance(kind, str) or kind not in METHODS:
-        given = "none given" if kind is None else f"given {shown(kind)}"
+        given = "none given" if kind is None else f"given {quote(kind)}"
         raise RecipeError(f"method.kind: expected {', '.join(METHODS)}, {given}")
     return METHODS[kind]
 
@@ -66,7 +66,7 @@ def by_name(name: str) -> Method:
     if not value:
         return found.model_validate({"kind": kind})
     if found.named_by is None:
-        raise RecipeError(f"method {shown(name)}: {kind} takes nothing after a colon; give {kind} alone")
+        raise RecipeError(f"method {quote(name)}: {kind} takes nothing after a colon; give {kind} alone")
     return found.model_validate({"kind": kind, found.named_by: value})
 
 

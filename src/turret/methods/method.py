@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, ValidationInfo, model_validator
 
-from turret.errors import RecipeError, joined, shown
+from turret.errors import RecipeError, join_sentences, quote
 from turret.families.family import Family
 from turret.json_types import JsonObject, Plain
 from turret.manifest import AdapterConfig, MethodSpec
@@ -62,7 +62,7 @@ def refuse_places(model: type[BaseModel], places: tuple[object, ...]) -> None:
         first = next(name for name in model.model_fields if name != "kind" or len(model.model_fields) == 1)
         raise RecipeError(
             f"{model.__name__} takes its settings by name, such as {model.__name__}({first}=...), given "
-            f"{shown(places[0])}: name it"
+            f"{quote(places[0])}: name it"
         )
 
 
@@ -112,7 +112,7 @@ class Method(BaseModel):
                 raise
             methods = {each.model_fields["kind"].default: each for each in _subclasses(Method)}
             keys = [*(f"{cls.section}.{name}" for name in cls.model_fields), "train.lr"]  # which many take for one
-            raise RecipeError(joined(list(sentences(cls, error, lambda kind: keys, methods)))) from None
+            raise RecipeError(join_sentences(list(error_sentences(cls, error, lambda kind: keys, methods)))) from None
 
     tuner_at: ClassVar[str] = "turret.adapters.tuners.tuner:Tuner"  # module:class of its tensors
     title: ClassVar[str] = ""  # its kind at the beginning of a sentence; empty: the kind with a capital
@@ -284,7 +284,9 @@ _TYPE_NAMES = {"string": "text", "int": "a whole number", "float": "a number", "
 _TYPE_NAMES |= {"int_from_float": "a whole number", **dict.fromkeys(("model_attributes", "model", "dict"), "a table")}
 
 
-def sentences(model: type[BaseModel], error: ValidationError, known: KnownKeys, methods: Methods) -> Iterator[str]:
+def error_sentences(
+    model: type[BaseModel], error: ValidationError, known: KnownKeys, methods: Methods
+) -> Iterator[str]:
     """One sentence per wrong key.
 
     A key whose type is a union has an error per member. Only the errors with the deepest location are shown: their
@@ -308,10 +310,10 @@ def sentences(model: type[BaseModel], error: ValidationError, known: KnownKeys, 
         elif kind == "sentences":  # raised by the validator of `method`
             yield from items[0]["ctx"]["sentences"]
         else:
-            yield f"{path}: {complaint(items)}"
+            yield f"{path}: {key_error(items)}"
 
 
-def complaint(errors: Sequence[ErrorDetails]) -> str:
+def key_error(errors: Sequence[ErrorDetails]) -> str:
     """What is wrong with one key: "expected a whole number, given 'x'".
 
     Args:
@@ -325,7 +327,7 @@ def complaint(errors: Sequence[ErrorDetails]) -> str:
         text = text.replace("input should be", "expected")
         texts.append(text if not texts else text.removeprefix("expected "))
     text = " or ".join(dict.fromkeys(texts))
-    return text if "given" in text or "bad adapter name" in text else f"{text}, given {shown(errors[0].get('input'))}"
+    return text if "given" in text or "bad adapter name" in text else f"{text}, given {quote(errors[0].get('input'))}"
 
 
 def unknown_key(key: str, method: str, known: KnownKeys, methods: Methods) -> str:
@@ -352,7 +354,7 @@ def unknown_key(key: str, method: str, known: KnownKeys, methods: Methods) -> st
         in_table = bool(siblings and section)
         names = leaves if in_table else dict.fromkeys(k.partition(".")[0] for k in every)
         remedy = f"known {f'in [{section}] ' if in_table else ''}are {', '.join(names)}"
-    return f"unknown key {shown(key)}: {remedy}"
+    return f"unknown key {quote(key)}: {remedy}"
 
 
 def _missing_remedy(key: str) -> str:

@@ -136,7 +136,7 @@ class Peft(Method):
         kind = config.get("peft_type")
         if kind == "LORA":
             more = any(config.get(key) for key in MORE_LORA) or config.get("bias") == "all"
-            return more or bool(beside(names, MARKS["LORA"]))
+            return more or bool(other_trained_tensors(names, MARKS["LORA"]))
         return isinstance(kind, str) and kind in MARKS
 
     @classmethod
@@ -160,7 +160,7 @@ class Peft(Method):
         return None if self.peft_type in RATES else LoRA().head_lr_ratio
 
 
-def beside(names: Iterable[str], mark: str) -> set[str]:
+def other_trained_tensors(names: Iterable[str], mark: str) -> set[str]:
     """The tensors of norms, embeddings, biases and the output layer that are trained whole, besides a method's own.
 
     Only tensors of the body and the output layer count. The names of the method's own tensors show how names of the

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from turret.ops.core import FunctionContext, Gradients, Ops, apply, enabled, to_device
+from turret.ops.core import FunctionContext, Gradients, Ops, apply_function, is_enabled, to_device
 from turret.ops.structs import NO_DROPOUT, AttentionRows, DropoutArguments, Prefixes
 
 LARGEST = 1 << 25  # probabilities of one call; above it torch's fused kernel computes, which saves none of them
@@ -50,8 +49,8 @@ def attend(
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     small = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= LARGEST
     known = softcap is None and (bias is None or not bias.requires_grad)
-    if q.device.type == "cpu" and trains and small and known and enabled("attention_gradient"):
-        return apply(_Attention, q, k, v, bias, scaling, dropped)
+    if q.device.type == "cpu" and trains and small and known and is_enabled("attention_gradient"):
+        return apply_function(_Attention, q, k, v, bias, scaling, dropped)
     return attend_plainly(q, k, v, bias, scaling, dropped, softcap)
 
 
@@ -81,12 +80,6 @@ def attend_plainly(
     return probabilities * dropped.keep_mask(scores.shape) @ (v * dropped.scale)
 
 
-class _AttentionContext(FunctionContext, Protocol):
-    scaling: float
-    dropped: DropoutArguments
-    shapes: tuple[torch.Size, torch.Size]
-
-
 class _Attention(torch.autograd.Function):
     """P = softmax(scaling q k^T + bias);  y = scale (P mask) v. The G groups of queries follow one another: G T rows.
 
@@ -96,7 +89,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _AttentionContext,
+        ctx: FunctionContext,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -121,7 +114,7 @@ class _Attention(torch.autograd.Function):
         return torch.bmm(probabilities if mask is None else probabilities * mask, values).view(B, H, T, D)
 
     @staticmethod
-    def backward(ctx: _AttentionContext, *gradients: Tensor) -> Gradients:
+    def backward(ctx: FunctionContext, *gradients: Tensor) -> Gradients:
         queries, keys, values, probabilities, mask = ctx.saved_tensors
         shape, keys_shape = ctx.shapes
         dy = gradients[0].reshape(queries.shape)
@@ -144,19 +137,12 @@ class _Attention(torch.autograd.Function):
 # padded, and each row has its own prefix. The reference is `adapters.attention._unpadded_plainly`.
 
 
-class _RowsContext(FunctionContext, Protocol):
-    ops: Ops
-    rows: AttentionRows
-    of_row: tuple[int | None, ...]
-    dropped: DropoutArguments
-
-
 class _Rows(torch.autograd.Function):
     """q: (N, H, D); k, v: (M, H_kv, D); prefixes: key and value (H_kv, P, D) of each pair, one after another."""
 
     @staticmethod
     def forward(
-        ctx: _RowsContext,
+        ctx: FunctionContext,
         ops: Ops,
         rows: AttentionRows,
         of_row: tuple[int | None, ...],
@@ -172,7 +158,7 @@ class _Rows(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: _RowsContext, *gradients: Tensor) -> Gradients:
+    def backward(ctx: FunctionContext, *gradients: Tensor) -> Gradients:
         q, k, v, y, log_sum, *prefixes = ctx.saved_tensors  # a checkpoint lets them be read only once
         pairs, dy = pairs_of(prefixes, ctx.of_row), gradients[0].contiguous()
         dq, dk, dv, others = ctx.ops.attention_backward(ctx.rows, q, k, v, pairs, ctx.dropped, y, log_sum, dy)
@@ -192,7 +178,7 @@ def attend_rows(
     q, k, v = map(_tokens, (q, k, v))
     flat, of_row = [each for pair in prefixes.pairs for each in pair], tuple(prefixes.of_row)
     if torch.is_grad_enabled():
-        y = apply(_Rows, ops, rows, of_row, dropped, q, k, v, *flat)
+        y = apply_function(_Rows, ops, rows, of_row, dropped, q, k, v, *flat)
     else:
         y, _ = ops.attention(rows, q, k, v, pairs_of(flat, of_row), dropped)
     return y.transpose(0, 1)[None]
@@ -286,30 +272,26 @@ class BlockSide:
             if rows * self.longest != len(tokens):
                 tokens = tokens[self.start : self.start + rows * self.longest]
         else:
-            tokens = apply(_Place, tokens, self.places, self.back, self.tokens)
+            tokens = apply_function(_Place, tokens, self.places, self.back, self.tokens)
         return tokens.reshape(rows, self.longest, *tokens.shape[1:]).transpose(1, 2)
 
     def unblock(self, x: Tensor) -> Tensor:
         """The block's own tokens, row after row: (B, H, T, D) -> (n, H, D)."""
         tokens = x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])  # (B * T, H, D)
-        return apply(_Select, tokens, self.back) if self.padded else tokens
-
-
-class _PlaceContext(FunctionContext, Protocol):
-    size: int
+        return apply_function(_Select, tokens, self.back) if self.padded else tokens
 
 
 class _Place(torch.autograd.Function):
     """Tokens (N, H, D) -> places (B * T, H, D). The gradient of a padding place is dropped."""
 
     @staticmethod
-    def forward(ctx: _PlaceContext, x: Tensor, places: Tensor, back: Tensor, tokens: Tensor) -> Tensor:
+    def forward(ctx: FunctionContext, x: Tensor, places: Tensor, back: Tensor, tokens: Tensor) -> Tensor:
         ctx.save_for_backward(back, tokens)
         ctx.size = len(x)
         return x.index_select(0, places)
 
     @staticmethod
-    def backward(ctx: _PlaceContext, *gradients: Tensor) -> Gradients:
+    def backward(ctx: FunctionContext, *gradients: Tensor) -> Gradients:
         back, tokens = ctx.saved_tensors
         own = gradients[0].index_select(0, back)
         whole = own.new_zeros(ctx.size, *own.shape[1:]).index_copy_(0, tokens, own)
@@ -320,13 +302,13 @@ class _Select(torch.autograd.Function):
     """x[index] with distinct indices: its gradient is a copy, not a sum."""
 
     @staticmethod
-    def forward(ctx: _PlaceContext, x: Tensor, index: Tensor) -> Tensor:
+    def forward(ctx: FunctionContext, x: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.size = len(x)
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: _PlaceContext, *gradients: Tensor) -> Gradients:
+    def backward(ctx: FunctionContext, *gradients: Tensor) -> Gradients:
         (index,) = ctx.saved_tensors
         return gradients[0].new_zeros(ctx.size, *gradients[0].shape[1:]).index_copy_(0, index, gradients[0]), None
 
@@ -370,7 +352,7 @@ class BlockLayout:
         """The outputs (n, H, D) of all blocks as one row of tokens: (1, H, N, D)."""
         tokens = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         if self.order is not None:
-            tokens = apply(_Select, tokens, self.order)
+            tokens = apply_function(_Select, tokens, self.order)
         return tokens.transpose(0, 1)[None]
 
 
@@ -379,7 +361,7 @@ def _groups(queries: Sequence[Span], keys: Sequence[Span], kinds: Sequence[int])
     sizes = [(q[1] - q[0], k[1] - k[0]) for q, k in zip(queries, keys, strict=True)]
     groups: list[list[int]] = []
     for row in sorted(range(len(sizes)), key=lambda row: (kinds[row], -sum(sizes[row]), row)):
-        if groups and kinds[groups[-1][0]] == kinds[row] and enabled("blocks"):
+        if groups and kinds[groups[-1][0]] == kinds[row] and is_enabled("blocks"):
             group = groups[-1]
             t, s = (max(sizes[each][side] for each in (*group, row)) for side in (0, 1))
             area = (len(group) + 1) * t * s

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from turret.ops import lora
 from turret.ops.attention import pairs_of
-from turret.ops.core import FunctionContext, Gradients, Ops, apply, enabled
+from turret.ops.core import FunctionContext, Gradients, Ops, apply_function, is_enabled
 from turret.ops.structs import AttentionRows, DropoutArguments, Group, LayerNorm, RMSNorm
-from turret.ops.table import of
+from turret.ops.table import ops_for
 
 QKV, OUT, UP, DOWN = GROUPS = range(4)  # matrices with one input; in a pre-norm layer UP is the gate and up
 
@@ -42,16 +42,6 @@ class Pass(Protocol):
 
     def keep(self, **tensors: Tensor | None) -> None:
         """Keep tensors for the backward pass, if there is one."""
-
-
-class Block(Protocol):
-    """What a layer has besides its matrices."""
-
-    def forward(self, run: Pass, x: Tensor) -> Tensor:
-        """x: (N, D) -> (N, D)."""
-
-    def backward(self, back: Backward, x: Callable[[], Tensor], dy: Tensor, wanted: bool) -> Tensor | None:
-        """dx (N, D), if it is wanted. x: gives the input."""
 
 
 class Normed(NamedTuple):
@@ -137,6 +127,9 @@ class PreNorm(NamedTuple):
         return ops.rms_norm_backward(x(), first, back["r"], dn, dh) if wanted else None
 
 
+Block = PostNorm | PreNorm
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +186,7 @@ class Training:
             self.kept["a"] = None
         mlp = [each for group in (UP, DOWN) for each in self.groups[group]]
         plain = not any(each.lora is not None or each.bias is not None for each in mlp)
-        if "gate" in self.kept and plain and self.ops.tiled():
+        if "gate" in self.kept and plain and self.ops.tiled:
             self.kept["gate"] = self.kept["up"] = None  # a sixth more products for half the memory
         self._names, self._counts = list(self.kept), [len(self.inner[group]) for group in GROUPS]
         taken = [*self.kept.values(), *(each for group in GROUPS for each in self.inner[group])]
@@ -251,18 +244,18 @@ class Backward:
         return *(each for group in GROUPS for each in self._of_factors.get(group, ())), *self._of_prefixes
 
 
-class _Context(FunctionContext, Protocol):
-    block: Block
-    run: Training
-    norm: LayerNorm | None  # that made x, if its own input is saved instead of x
-
-
 class _Layer(torch.autograd.Function):
     """x: (1, N, D) -> (1, N, D). tensors: A and B of every LoRA, then key and value (H, P, D) of every prefix."""
 
     @staticmethod
     def forward(
-        ctx: _Context, block: Block, run: Training, normed: Normed | None, count: int, x: Tensor, *tensors: Tensor
+        ctx: FunctionContext,
+        block: Block,
+        run: Training,
+        normed: Normed | None,
+        count: int,
+        x: Tensor,
+        *tensors: Tensor,
     ) -> Tensor:
         run.prefixes = prefixes = tensors[count:]
         y = block.forward(run, x[0])
@@ -281,7 +274,7 @@ class _Layer(torch.autograd.Function):
         return y[None]
 
     @staticmethod
-    def backward(ctx: _Context, *gradients: Tensor) -> Gradients:
+    def backward(ctx: FunctionContext, *gradients: Tensor) -> Gradients:
         source, stats, *taken = ctx.saved_tensors
         back, norm = ctx.run.back(taken), ctx.norm
         x = functools.cache(lambda: source if norm is None else back.ops.added_norm_again(source, norm, stats))
@@ -289,7 +282,7 @@ class _Layer(torch.autograd.Function):
         return None, None, None, None, None if dx is None else dx[None], *back.gradients
 
 
-def train(
+def train_block(
     block: Block, run: Training, x: Tensor, prefixes: Sequence[Tensor], normed: Normed | None = None
 ) -> tuple[Tensor, Normed | None]:
     """A layer as one operation of autograd.
@@ -304,8 +297,8 @@ def train(
     Returns:
         y (1, N, D), and the same for the next layer.
     """
-    factors = lora.factors(run.groups)
-    y = apply(_Layer, block, run, normed, len(factors), x, *factors, *prefixes)
+    factors = lora.lora_factors(run.groups)
+    y = apply_function(_Layer, block, run, normed, len(factors), x, *factors, *prefixes)
     normed, run.normed = run.normed, None  # the graph keeps `run`
     return y, normed
 
@@ -327,23 +320,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
     return weight * n.to(dtype)
 
 
-class _NormContext(FunctionContext, Protocol):
-    ops: Ops
-    eps: float
-
-
 class _RMSNorm(torch.autograd.Function):
     """dx = r (g - n mean(g n)),  g = w dy."""
 
     @staticmethod
-    def forward(ctx: _NormContext, x: Tensor, weight: Tensor, eps: float, ops: Ops) -> Tensor:
+    def forward(ctx: FunctionContext, x: Tensor, weight: Tensor, eps: float, ops: Ops) -> Tensor:
         y, r = ops.rms_norm(x, RMSNorm(weight, eps))
         ctx.save_for_backward(x, r, weight)
         ctx.ops, ctx.eps = ops, eps
         return y
 
     @staticmethod
-    def backward(ctx: _NormContext, *gradients: Tensor) -> Gradients:
+    def backward(ctx: FunctionContext, *gradients: Tensor) -> Gradients:
         x, r, weight = ctx.saved_tensors
         norm, dy = RMSNorm(weight, ctx.eps), gradients[0].contiguous()
         return ctx.ops.rms_norm_backward(x, norm, r, dy), None, None, None
@@ -360,9 +348,9 @@ def frozen_rms_norm(x: Tensor, weight: Tensor, eps: float, *, serves: bool, narr
         narrows: if the weight is 16 bits wide, the output has its dtype, whatever the dtype of x (T5).
     """
     trains = torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad
-    if trains and weight.dtype == x.dtype and enabled("rms_norm"):
-        return apply(_RMSNorm, x.contiguous(), weight, eps, of(x, weight))
-    ops = of(x, weight)
+    if trains and weight.dtype == x.dtype and is_enabled("rms_norm"):
+        return apply_function(_RMSNorm, x.contiguous(), weight, eps, ops_for(x, weight))
+    ops = ops_for(x, weight)
     faster = ops.kernels and (serves or not x.is_cpu) and not weight.requires_grad and x.numel() > 0
     if faster and not torch.is_grad_enabled():
         return ops.rms_norm(x.contiguous(), RMSNorm(weight, eps))[0]

@@ -27,7 +27,7 @@ from turret.ops.structs import (
 switched_off: ContextVar[frozenset[str]] = ContextVar("fast_paths_off", default=frozenset())  # see `table.without`
 
 
-def enabled(name: str) -> bool:
+def is_enabled(name: str) -> bool:
     """Whether a faster path may be taken: always, except inside `table.without`."""
     return name not in switched_off.get()
 
@@ -93,12 +93,10 @@ class Ops:
     kernels = False  # whether anything is faster than torch here
     layouts: frozenset[str] = frozenset()  # the kinds of layer that are worth computing as one block
     output_read = False  # whether `attention_backward` reads the output of `attention`
+    few = 0  # the most tokens for which `linear_few` is fast
+    tiled = False  # whether the processor has matrix tiles, and so products of many tokens cost little
 
     # --- frozen products ----------------------------------------------------------------------------------------------
-
-    def few(self) -> int:
-        """The most tokens for which `linear` is faster than torch's own product."""
-        return 0
 
     def linear_few(self, x: Tensor, weight: Tensor, bias: Tensor | None, helped: bool = True) -> Tensor:
         """x W^T + b on at most `few` tokens, without packing W anew. helped: whether helper threads may be awake."""
@@ -136,10 +134,6 @@ class Ops:
         for A, B in factors:
             next(targets).view(A.shape).copy_(A)
             torch.mul(B.to(flat.device, torch.float32).mT, scaling, out=next(targets).view(B.shape[::-1]))
-
-    def tiled(self) -> bool:
-        """Whether a product costs so little that it is computed again rather than saved."""
-        return False
 
     # --- LoRA ---------------------------------------------------------------------------------------------------------
 
@@ -256,8 +250,7 @@ class Ops:
 
     def gelu_backward(self, x: Tensor, dy: Tensor) -> Tensor:
         """dx."""
-        dx: Tensor = torch.ops.aten.gelu_backward(dy, x)
-        return dx
+        return torch.ops.aten.gelu_backward(dy, x)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) up. All (N, F). Source: Shazeer 2020."""
@@ -286,16 +279,16 @@ class Ops:
 
     def takes_layer(self, layout: str, *, trains: bool) -> bool:
         """Whether layers of this layout are worth computing as one block (`blocks`)."""
-        return layout in self.layouts and enabled("trained_layer" if trains else "layer")
+        return layout in self.layouts and is_enabled("trained_layer" if trains else "layer")
 
     def few_for_layers(self) -> int:
         """The most tokens for which `whole_layers` computes."""
-        return self.few() if enabled("layer_calls") else 0
+        return self.few if is_enabled("layer_calls") else 0
 
     @property
     def attends(self) -> bool:
         """Whether `attention` computes anything."""
-        return self.kernels and enabled("flash")
+        return self.kernels and is_enabled("flash")
 
     def takes_attention(self, rows: AttentionRows, prefixes: Prefixes, dim: int, p: float) -> bool:
         """Whether `attention` computes a batch. dim: of a head. p: rate of dropout."""
@@ -353,12 +346,12 @@ def attention_by_rows(rows: AttentionRows, q: Tensor, k: Tensor, v: Tensor) -> T
         parts_of_row = q[start : start + T], k[key_start : key_start + S], v[key_start : key_start + S]
         a, b, c = (each.transpose(0, 1)[None] for each in parts_of_row)
         parts.append(
-            F.scaled_dot_product_attention(a, b, c, visible(rows, T, S), scale=rows.scaling, enable_gqa=True)[0]
+            F.scaled_dot_product_attention(a, b, c, visible_keys(rows, T, S), scale=rows.scaling, enable_gqa=True)[0]
         )
     return torch.cat([each.transpose(0, 1) for each in parts])
 
 
-def visible(rows: AttentionRows, T: int, S: int) -> Tensor:
+def visible_keys(rows: AttentionRows, T: int, S: int) -> Tensor:
     """Which of S keys each of T queries sees: (T, S) bool."""
     behind = torch.arange(T)[:, None] + (S - T) - torch.arange(S)[None]
     near = behind.abs() < rows.window if rows.window else torch.ones_like(behind, dtype=torch.bool)
@@ -428,6 +421,8 @@ class FunctionContext(Protocol):
     @property
     def needs_input_grad(self) -> tuple[bool, ...]: ...
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def __getattr__(self, name: str) -> Any: ...  # what `forward` keeps for `backward`
+    def __setattr__(self, name: str, value: Any) -> None: ...
 
 
 class _Function(Protocol[P, R]):
@@ -435,7 +430,6 @@ class _Function(Protocol[P, R]):
     def forward(ctx: Any, *args: P.args, **kwargs: P.kwargs) -> R: ...  # a subclass of FunctionContext
 
 
-def apply(function: type[_Function[P, R]], *args: P.args, **kwargs: P.kwargs) -> R:
+def apply_function(function: type[_Function[P, R]], *args: P.args, **kwargs: P.kwargs) -> R:
     """`function.apply(*args)`, with the argument and result types of its `forward`."""
-    result: R = function.apply(*args, **kwargs)  # type: ignore[attr-defined]  # torch.autograd.Function's, untyped
-    return result
+    return function.apply(*args, **kwargs)  # type: ignore[attr-defined]  # torch.autograd.Function's, untyped

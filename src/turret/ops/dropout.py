@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from turret.ops.attention import attend_plainly
-from turret.ops.core import FunctionContext, Gradients, Ops, apply, to_device
+from turret.ops.core import FunctionContext, Gradients, Ops, apply_function, to_device
 from turret.ops.structs import NO_DROPOUT, OF_SITE, STEPS, WORD, DropoutArguments
-from turret.ops.table import of
+from turret.ops.table import ops_for
 
 SPREAD = 0x9E3779B97F4A7C15  # between the states of a generator (SplitMix64; Steele et al. 2014)
 TOKEN, HEAD = 0xD1342543DE82EF95, 0xAF251AF3B0F025B5  # odd: between the keys of an example's tokens, and of heads
@@ -140,21 +140,16 @@ def _signed_word(word: int) -> int:
     return (word + LONG // 2) % LONG - LONG // 2
 
 
-class _DropoutContext(FunctionContext, Protocol):
-    ops: Ops
-    dropped: DropoutArguments
-
-
 class _Dropout(torch.autograd.Function):
     """y = x mask / (1 - p);  dx = dy mask / (1 - p)."""
 
     @staticmethod
-    def forward(ctx: _DropoutContext, x: Tensor, ops: Ops, dropped: DropoutArguments) -> Tensor:
+    def forward(ctx: FunctionContext, x: Tensor, ops: Ops, dropped: DropoutArguments) -> Tensor:
         ctx.ops, ctx.dropped = ops, dropped
         return ops.dropout(x, dropped, dropped.scale)
 
     @staticmethod
-    def backward(ctx: _DropoutContext, *gradients: Tensor) -> Gradients:
+    def backward(ctx: FunctionContext, *gradients: Tensor) -> Gradients:
         return ctx.ops.dropout(gradients[0].contiguous(), ctx.dropped, ctx.dropped.scale), None, None
 
 
@@ -165,7 +160,7 @@ def dropout(x: Tensor, p: float, masks: Masks | None = None, stream: str | None 
     if round(p * STEPS) == STEPS:
         return x * 0.0
     own = masks or Masks()
-    return apply(_Dropout, x.contiguous(), of(x), own.arguments(p, lambda: own.keys_of(x, stream)))
+    return apply_function(_Dropout, x.contiguous(), ops_for(x), own.arguments(p, lambda: own.keys_of(x, stream)))
 
 
 # --- modules that draw by themselves ----------------------------------------------------------------------------------

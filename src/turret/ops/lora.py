@@ -15,12 +15,21 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from turret.ops.core import REFERENCE, FunctionContext, Gradients, LoraGradients, Ops, apply, enabled, to_device
+from turret.ops.core import (
+    REFERENCE,
+    FunctionContext,
+    Gradients,
+    LoraGradients,
+    Ops,
+    apply_function,
+    is_enabled,
+    to_device,
+)
 from turret.ops.cpu.compiled import CpuOps
 from turret.ops.dropout import Masks
 from turret.ops.gpu.ops import GpuOps
 from turret.ops.structs import AdapterSpans, BaseProducts, Group, Lora, Matrix
-from turret.ops.table import of
+from turret.ops.table import ops_for
 
 
 def lora_delta(x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -81,7 +90,7 @@ def backward(
     return dx, ops.lora_backward([each.lora for each in group], x, inner, dy, dx)
 
 
-def factors(groups: Iterable[Group]) -> list[Tensor]:
+def lora_factors(groups: Iterable[Group]) -> list[Tensor]:
     """A and B of every LoRA, in the order of `backward`."""
     return [each for group in groups for m in group if m.lora is not None for each in (m.lora.A, m.lora.B)]
 
@@ -94,23 +103,18 @@ def with_mask(lora: Lora, masks: Masks, keys: Callable[[], Tensor]) -> Lora:
 # --- one layer --------------------------------------------------------------------------------------------------------
 
 
-class _AdaptedContext(FunctionContext, Protocol):
-    ops: Ops
-    group: Group
-
-
 class _Adapted(torch.autograd.Function):
     """One layer and its LoRA. x: (..., D_in) -> (..., D_out). A and B are arguments for autograd to see."""
 
     @staticmethod
-    def forward(ctx: _AdaptedContext, ops: Ops, matrix: Matrix, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def forward(ctx: FunctionContext, ops: Ops, matrix: Matrix, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         (y,), inner = forward(ops, (matrix,), x.reshape(-1, x.shape[-1]))
         ctx.ops, ctx.group = ops, (matrix,)
         ctx.save_for_backward(x, *inner)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: _AdaptedContext, *gradients: Tensor) -> Gradients:
+    def backward(ctx: FunctionContext, *gradients: Tensor) -> Gradients:
         x, *inner = ctx.saved_tensors
         dy = gradients[0].reshape(-1, gradients[0].shape[-1]).contiguous()
         rows = x.reshape(-1, x.shape[-1])
@@ -138,13 +142,13 @@ def adapted_linear(
         masks: of the pass.
         stream: whose tokens x has.
     """
-    ops = of(x)
-    if not (ops.kernels and x.is_contiguous() and enabled("lora_kernel") and ops.takes_lora([lora])):
-        if not enabled("lora_gradient"):
+    ops = ops_for(x)
+    if not (ops.kernels and x.is_contiguous() and is_enabled("lora_kernel") and ops.takes_lora([lora])):
+        if not is_enabled("lora_gradient"):
             return None
         ops = REFERENCE
     own = with_mask(lora, masks, lambda: masks.keys_of(x, stream))
-    return apply(_Adapted, ops, Matrix(weight, bias, base, own), x, lora.A, lora.B)
+    return apply_function(_Adapted, ops, Matrix(weight, bias, base, own), x, lora.A, lora.B)
 
 
 # --- frozen layers ---------------------------------------------------------------------------------------------------
@@ -159,22 +163,21 @@ def linear(layer: nn.Module, x: Tensor, *, helped: bool = True) -> Tensor:
     helped: whether helper threads may be awake; if not, a small product is not worth waking them.
     """
     if takes_few(layer, x):
-        return of(x).linear_few(x, layer.get_parameter("weight"), layer._parameters["bias"], helped)
-    y: Tensor = layer(x)
-    return y
+        return ops_for(x).linear_few(x, layer.get_parameter("weight"), layer._parameters["bias"], helped)
+    return layer(x)
 
 
 def takes_few(layer: nn.Module, x: Tensor) -> bool:
     """Whether the kernel for few tokens computes layer(x)."""
-    if torch.is_grad_enabled() or not plain(layer) or not enabled("frozen_linear"):
+    if torch.is_grad_enabled() or not is_plain_linear(layer) or not is_enabled("frozen_linear"):
         return False
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
     assert weight is not None
-    ops = of(x, weight) if bias is None else of(x, weight, bias)
-    return 0 < x.numel() <= ops.few() * x.shape[-1] and weight.is_contiguous() and x.is_contiguous()
+    ops = ops_for(x, weight) if bias is None else ops_for(x, weight, bias)
+    return 0 < x.numel() <= ops.few * x.shape[-1] and weight.is_contiguous() and x.is_contiguous()
 
 
-def plain(layer: nn.Module) -> bool:
+def is_plain_linear(layer: nn.Module) -> bool:
     """Whether calling the layer is a product and nothing else: no subclass, no hooks, no replaced forward."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
     return type(layer) is nn.Linear and not hooked
@@ -387,7 +390,7 @@ def mixed_rows(
         steps: the adapter of each decode row; their tokens come after those.
         latest: what a GPU made of the same `steps` in an earlier pass.
     """
-    ops = of(*weights)
+    ops = ops_for(*weights)
     if isinstance(ops, GpuOps):
         return GpuRows(spans, tokens, stacks_of(steps) if latest is None else latest)
     following = ((tokens + row, tokens + row + 1, own) for row, own in enumerate(steps) if own is not None)

@@ -83,9 +83,9 @@ def dropout_mask(keys: Tensor, seed: int, threshold: int, width: int, heads: int
         x = x[..., None, :] + (torch.arange(heads, device=device) * OF_HEAD).to(torch.int32)[:, None]
         y = y[..., None, :]
     x = x[..., None] + torch.arange(16 * blocks, dtype=torch.int32, device=device)
-    x.bitwise_xor_(_behind(x, 16)).mul_(_int32(FIRST_MIX))
-    x.bitwise_xor_(_behind(x, 15).bitwise_xor_(y[..., None])).mul_(_int32(SECOND_MIX))
-    high = _behind(x, 16)
+    x.bitwise_xor_(_shift_right(x, 16)).mul_(_int32(FIRST_MIX))
+    x.bitwise_xor_(_shift_right(x, 15).bitwise_xor_(y[..., None])).mul_(_int32(SECOND_MIX))
+    high = _shift_right(x, 16)
     halves = torch.empty(*x.shape[:-1], blocks, 2, 16, dtype=torch.bool, device=device)
     words = (*x.shape[:-1], blocks, 16)
     torch.ge(x.bitwise_xor_(high).bitwise_and_(WORD >> 16).view(words), threshold, out=halves[..., 0, :])
@@ -98,7 +98,7 @@ def _int32(word: int) -> int:
     return (word + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
-def _behind(x: Tensor, bits: int) -> Tensor:
+def _shift_right(x: Tensor, bits: int) -> Tensor:
     """x / 2^bits of 32 bits without a sign."""
     return (x >> bits).bitwise_and_(WORD >> bits)
 

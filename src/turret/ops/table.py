@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from turret.ops.core import REFERENCE, Ops, enabled, switched_off
+from turret.ops.core import REFERENCE, Ops, is_enabled, switched_off
 from turret.ops.cpu import compiled as cpu
-from turret.ops.cpu.compiled import rest
-from turret.ops.cpu.compiled import why as why_cpu_kernels
+from turret.ops.cpu.compiled import end_idle_threads
+from turret.ops.cpu.compiled import kernel_status as why_cpu_kernels
 from turret.ops.gpu import ops as gpu
 from turret.ops.gpu.ops import FEATURES as GPU_FEATURES
 from turret.ops.gpu.ops import gpu_paths_on_meta
@@ -25,10 +25,10 @@ from turret.ops.gpu.ops import why_not as why_no_gpu_feature
 __all__ = [
     "GPU_FEATURES",
     "PATHS",
+    "end_idle_threads",
     "gpu_paths_on_meta",
-    "narrows",
-    "of",
-    "rest",
+    "narrows_last_layer",
+    "ops_for",
     "why_cpu_kernels",
     "why_no_gpu_feature",
     "without",
@@ -37,7 +37,7 @@ __all__ = [
 ENCODER, DECODER = "encoder", "decoder"
 
 
-def of(*tensors: Tensor) -> Ops:
+def ops_for(*tensors: Tensor) -> Ops:
     """The operations for these tensors: of their device and dtype, or `REFERENCE` if nothing faster computes them."""
     first = tensors[0]
     for each in tensors:  # a loop, faster than any(): this runs hundreds of times a step
@@ -48,9 +48,9 @@ def of(*tensors: Tensor) -> Ops:
     return gpu.ops_of(first)
 
 
-def narrows() -> bool:
+def narrows_last_layer() -> bool:
     """Whether the last layer of a classifier computes the first token of each row alone."""
-    return enabled("first_token")
+    return is_enabled("first_token")
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class TokenRequest(Model):
     sign_in: bool = Field(True, description="Whether a person may sign in to the console by it.")
 
 
-def operates(view: View, caller: Caller) -> bool:
+def may_operate(view: View, caller: Caller) -> bool:
     """Whether the caller may see and change the tokens of other tenants."""
     return view.access.operates and OPERATE in caller.scopes
 
@@ -51,10 +51,10 @@ def operates(view: View, caller: Caller) -> bool:
 def tenants(view: View, caller: Caller) -> Sequence[str]:
     """The tenants whose tokens, usage and audit log the caller may see."""
     own = view.access.tenant
-    return sorted({own, *view.workspace.store.tenants()}) if operates(view, caller) else [own]
+    return sorted({own, *view.workspace.store.tenants()}) if may_operate(view, caller) else [own]
 
 
-def of(view: View, caller: Caller, tenant: str | None = None) -> AccessTokens:
+def tokens_of(view: View, caller: Caller, tenant: str | None = None) -> AccessTokens:
     """The tokens of a tenant; None: of the caller's own.
 
     Raises:
@@ -70,7 +70,7 @@ def workspace_of(view: View, caller: Caller, tenant: str | None) -> Workspace:
     """The workspace as a tenant sees it; None: as the caller does. Raises NotFound unless the caller may see it."""
     if tenant is None or tenant == view.access.tenant:
         return view.workspace
-    if not operates(view, caller):
+    if not may_operate(view, caller):
         raise NotFound(f"no tenant {ascii(tenant)[:60]}: expected {view.access.tenant}")
     return view.workspace.with_access(Access(check_tenant(tenant)))
 
@@ -78,7 +78,7 @@ def workspace_of(view: View, caller: Caller, tenant: str | None) -> Workspace:
 def create(view: View, caller: Caller, wanted: TokenRequest, tenant: str | None = None) -> tuple[AccessToken, str]:
     """Make a token. Returns it, and its secret, which cannot be shown again."""
     lifetime = wanted.lifetime
-    known = of(view, caller, tenant)
+    known = tokens_of(view, caller, tenant)
     _require_no_quota(view, caller)
     _require_scopes(caller, wanted.scopes)
     if caller.expires is not None and (lifetime is None or timestamp(time.time() + lifetime) > caller.expires):
@@ -91,7 +91,7 @@ def create(view: View, caller: Caller, wanted: TokenRequest, tenant: str | None 
 
 def rotate(view: View, caller: Caller, name: str, overlap: float, tenant: str | None = None) -> tuple[AccessToken, str]:
     """Give a token a new secret. Returns the token, and the secret."""
-    known = of(view, caller, tenant)
+    known = tokens_of(view, caller, tenant)
     _require_no_quota(view, caller)
     found = [each for each in known.list() if each.name == name]
     _require_scopes(caller, [scope for each in found for scope in each.scopes])
@@ -105,14 +105,14 @@ def rotate(view: View, caller: Caller, name: str, overlap: float, tenant: str | 
 
 def revoke(view: View, caller: Caller, name: str, tenant: str | None = None) -> AccessToken:
     """Revoke a token."""
-    revoked = of(view, caller, tenant).revoke(name)
+    revoked = tokens_of(view, caller, tenant).revoke(name)
     view.services.read_tokens()
     return revoked
 
 
 def _require_no_quota(view: View, caller: Caller) -> None:
     """Each token has a quota of its own, so a caller with one could get around it."""
-    if caller.quota != Quota() and not operates(view, caller):
+    if caller.quota != Quota() and not may_operate(view, caller):
         raise Forbidden(
             "this token has a quota, so it makes no secrets: use one without, or ask who operates the server"
         )
@@ -132,7 +132,7 @@ def read_usage(
     return [row for each in databases for row in usage.read_usage(each, since, until)]
 
 
-def actions(
+def audit_page(
     view: View, caller: Caller, limit: int, before: int | None, tenant: str | None, **filters: str | None
 ) -> tuple[Sequence[audit.Action], int | None]:
     """A page of the audit log of a tenant, and the `before` of the next one if there is one.

@@ -24,9 +24,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from turret.access import DEFAULT, NOBODY, OPERATOR, Access, acting
 from turret.errors import BadRequest, Forbidden, ServeRefused, StoreError, TurretError, Unauthorized
 from turret.server.error_responses import send_error
-from turret.server.limits import INFER_PAGES, OPEN, UNSIGNED, Quota, client_of, first, is_page
+from turret.server.limits import INFER_PAGES, OPEN, UNSIGNED, Quota, client_of, first_segment, is_page
 from turret.store import AccessToken
-from turret.store.access_tokens import FORMS, SCOPES, SIGN_INS, SessionRows, hash_secret, which
+from turret.store.access_tokens import FORMS, SCOPES, SIGN_INS, SessionRows, hash_secret, token_with_secret
 from turret.store.catalog import now
 
 # --- sessions ---------------------------------------------------------------------------------------------------------
@@ -278,11 +278,11 @@ class Guard:
             return self._anyone(host)
         token_hash, at = self.sessions.token_hash(session), now()
         token = next((each for each in self._tokens if token_hash in each.hashes(at) and each.lives(at)), None)
-        if token is None and first(path) not in UNSIGNED:
+        if token is None and first_segment(path) not in UNSIGNED:
             raise Unauthorized("you are not signed in: sign in with a token of `turret token create`")
         if token is None:
             return Caller(None)
-        if "admin" not in token.scopes and first(path) not in INFER_PAGES | UNSIGNED:
+        if "admin" not in token.scopes and first_segment(path) not in INFER_PAGES | UNSIGNED:
             raise Forbidden(
                 f"token {token.name!r} has no scope admin: it opens the playground; "
                 "`turret token create NAME --scope admin` makes one for all pages"
@@ -324,7 +324,7 @@ class Guard:
         scheme, _, secret = authorization.partition(" ")
         if scheme.lower() != "bearer" or not secret.strip() or len(secret) > LONGEST:
             raise Unauthorized("the authorization cannot be read: expected Bearer TOKEN")
-        token = which(self._tokens, secret.strip())
+        token = token_with_secret(self._tokens, secret.strip())
         if token is None or not token.lives(now()):
             raise Unauthorized(
                 "the token is unknown, has expired or was revoked: make one with `turret token create NAME`"

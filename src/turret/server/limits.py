@@ -33,13 +33,13 @@ UNSIGNED = frozenset(("sign-in", "static"))  # open without a session
 INFER_PAGES = frozenset(("", "playground", "sign-out"))  # open to the scope infer; admin opens all pages
 
 
-def first(path: str) -> str:
+def first_segment(path: str) -> str:
     """`/adapters/news` -> `adapters`."""
     return path.lstrip("/").partition("/")[0]
 
 
 def is_page(path: str) -> bool:
-    return first(path) in PAGES
+    return first_segment(path) in PAGES
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------

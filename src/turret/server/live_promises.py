@@ -322,7 +322,7 @@ class AlarmSender:
         if mark == self._known and self._clock() < self._again:
             return
         with self._database.reading() as connection:
-            found = promises.unsent(connection)
+            found = promises.unsent_alarms(connection)
         self.waiting = len(found)
         for alarm in found:
             if self._deliver(self._settings, alarm):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from turret.errors import ServeRefused, needs
+from turret.errors import ServeRefused, require_package
 from turret.json_types import JsonValue
 from turret.server.error_responses import send_error
 from turret.timestamp import timestamp
@@ -38,7 +38,7 @@ KEPT = ("adapter", "adapters", "receipt", "inputs", "tokens", "experiment", "arm
 
 def provider() -> TracerProvider:
     """Where spans are sent from now on. Raises ServeRefused without the extra."""
-    with needs("--otel", "OpenTelemetry", "pip install 'turret[otel]'", ServeRefused):
+    with require_package("--otel", "OpenTelemetry", "pip install 'turret[otel]'", ServeRefused):
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider

@@ -25,7 +25,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from turret.access import DEFAULT
-from turret.errors import ServeRefused, Unauthorized, needs
+from turret.errors import ServeRefused, Unauthorized, require_package
 from turret.json_types import Plain
 from turret.server.auth import HOST_PREFIX, is_loopback
 
@@ -81,7 +81,7 @@ class Oidc:
     def __init__(self, settings: OidcSettings, secret: bytes, clock: Callable[[], float] = time.time) -> None:
         for name, url in (("--oidc", settings.issuer), ("--public-url", settings.public_url)):
             _check_url(name, url)
-        with needs("--oidc", "authlib", "pip install 'turret[oidc]'", ServeRefused):
+        with require_package("--oidc", "authlib", "pip install 'turret[oidc]'", ServeRefused):
             import authlib.integrations.requests_client  # noqa: F401
         self.settings, self._secret, self._clock = settings, secret, clock
         self._counted: OrderedDict[str, None] = OrderedDict()  # cookies

@@ -21,7 +21,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from turret.errors import BadRequest, TooLarge, plainly
+from turret.errors import BadRequest, TooLarge, printable
 from turret.experiments.experiment import MOST_ARMS
 from turret.json_types import JsonObject, JsonValue, Plain
 from turret.server import limits, services
@@ -479,4 +479,4 @@ def _add(view: View, owner: str, sent: UploadFile, purpose: str) -> ClientFile:
         path = Path(folder) / "sent"
         with path.open("wb") as write:
             shutil.copyfileobj(sent.file, write, PIECE)
-        return view.services.files.add(owner, plainly(sent.filename or "file")[:255], purpose, path)
+        return view.services.files.add(owner, printable(sent.filename or "file")[:255], purpose, path)

@@ -157,7 +157,7 @@ def hash_secret(secret: str) -> str:
     return "sha256:" + hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def which(known: Iterable[AccessToken], secret: str) -> AccessToken | None:
+def token_with_secret(known: Iterable[AccessToken], secret: str) -> AccessToken | None:
     """The known token with this secret, or None. Says nothing of whether it lives.
 
     Compares with every token, each in constant time, so the duration reveals nothing.

@@ -121,7 +121,7 @@ def delete_version(connection: Connection, reference: Reference, *, force: bool)
     version = catalog.find(connection, reference)
     if catalog.in_experiment(connection, version):
         raise InUse(f"{version} is not deleted: an experiment runs with it; `turret experiment stop {version.name}`")
-    children, asking = catalog.children(connection, version), panels.naming(connection, version)
+    children, asking = catalog.children(connection, version), panels.panels_naming(connection, version)
     if not force and (version.aliases or children or asking):
         uses = [f"{version.name}@{alias} names it" for alias in version.aliases]
         uses += [f"{child} was made from it" for child in children]
@@ -188,7 +188,7 @@ def last_move(connection: Connection) -> int:
     return int(connection.execute(select(func.max(alias_history.c.id))).scalar() or 0)
 
 
-def pointing(connection: Connection) -> list[Pointing]:
+def aliases_pointing_to(connection: Connection) -> list[Pointing]:
     """All aliases of all names that may be seen."""
     base = versions.c.manifest[("base", "fingerprint")].as_string()
     query = (

@@ -29,7 +29,7 @@ from turret.disk import make_folder, sync
 from turret.errors import BundleError, Corrupt, StoreError, TurretError
 from turret.manifest import Manifest
 from turret.store import uploads
-from turret.store.blobs import Blob, Files, hash_file, place
+from turret.store.blobs import Blob, Files, blob_path, hash_file
 from turret.store.catalog import now, plain_path
 
 # --- incoming bundle --------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ class Artifacts:
         """Remove content that a committed transaction no longer lists. What an outage leaves, a gc removes."""
         for blob in dead:
             with suppress(TurretError, OSError):
-                self._place.remove(f"blobs/sha256/{place(blob)}")
+                self._place.remove(f"blobs/sha256/{blob_path(blob)}")
 
     # --- private ------------------------------------------------------------------------------------------------------
 

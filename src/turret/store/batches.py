@@ -32,7 +32,7 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.store import leases
 from turret.store.catalog import now as at
 from turret.store.catalog import who
-from turret.store.client_files import ENDED, find_file, room, tenant_of
+from turret.store.client_files import ENDED, find_file, room_left, tenant_of
 from turret.store.jobs import Ended, Job, JobQueue, add_job, end_job
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ class Batches:
             size = now.bytes + sum(len(each.text.encode()) for each in new.values())
             beside = (batches.c.owner == batch.owner) & (batches.c.id != batch.id) & batches.c.state.not_in(ENDED)
             others = select(func.coalesce(func.sum(batches.c.bytes), 0)).where(beside)
-            space = room(connection, batch.owner) - int(connection.execute(others).scalar_one())
+            space = room_left(connection, batch.owner) - int(connection.execute(others).scalar_one())
             if new and size > space:
                 raise TooLarge(
                     f"the answers have more than the {space} bytes that your files and batches leave: "

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, TypeAlias, TypedDict
 
 from turret.disk import NO_ROOM, clock_of, create, flush, make_below, permissions, sync
-from turret.errors import Corrupt, StoreError, TurretError, needs
+from turret.errors import Corrupt, StoreError, TurretError, require_package
 
 OWNER = "catalog"
 _CHUNK = 1 << 20
@@ -67,7 +67,7 @@ class Blobs:
 
     def path(self, blob: Blob) -> Path:
         """The path of some content, existing or not."""
-        return self._root / place(blob)
+        return self._root / blob_path(blob)
 
     def put(self, source: Path, blob: Blob) -> None:
         """Store a copy of the file as `blob`; raises Corrupt if its content differs from `blob`."""
@@ -161,7 +161,7 @@ class Blobs:
                 raise Corrupt(f"{what}: restore {path} from a copy, or train again")
             return path.open("rb")
         except FileNotFoundError:
-            raise missing(path, blob.digest) from None
+            raise missing_file(path, blob.digest) from None
 
     @contextmanager
     def _new_file(self, final: Path, mode: int) -> Iterator[BinaryIO]:
@@ -188,7 +188,7 @@ class Blobs:
         return path.relative_to(self._folder).as_posix()
 
 
-def place(blob: Blob) -> str:
+def blob_path(blob: Blob) -> str:
     """The path of some content under `blobs/sha256/`; raises Corrupt for a malformed digest or upload."""
     match = _DIGEST.fullmatch(blob.digest)
     if match is None:
@@ -199,7 +199,7 @@ def place(blob: Blob) -> str:
 
 
 def parse_place(name: str) -> tuple[str, str] | None:
-    """The digest and upload of a path under `blobs/sha256/`; None if `place` would not give that path."""
+    """The digest and upload of a path under `blobs/sha256/`; None if `blob_path` would not give that path."""
     match = _PLACE.fullmatch(name)
     return None if match is None else (f"sha256:{match[2]}", match[3] or "")
 
@@ -226,7 +226,7 @@ def stream(read: Readable, write: Writable | None) -> Blob:
     return Blob(f"sha256:{digest.hexdigest()}", size)
 
 
-def missing(path: Path | str, digest: str) -> Corrupt:
+def missing_file(path: Path | str, digest: str) -> Corrupt:
     """The error for content that is not there."""
     return Corrupt(f"stored file {digest} is missing: restore {path} from a copy, or train again")
 
@@ -359,7 +359,7 @@ class Objects:
         if self._copies is None:
             self._copies = Path(tempfile.mkdtemp(prefix="turret-"))
             weakref.finalize(self, shutil.rmtree, self._copies, ignore_errors=True)
-        temporary, copy = self._copies / uuid.uuid4().hex, self._copies / place(blob).rpartition("/")[2]
+        temporary, copy = self._copies / uuid.uuid4().hex, self._copies / blob_path(blob).rpartition("/")[2]
         self.copy(blob, temporary)
         os.replace(temporary, copy)
         return copy
@@ -420,7 +420,7 @@ class Objects:
         return None
 
     def _key(self, blob: Blob) -> str:
-        return f"{self._prefix}/blobs/sha256/{place(blob)}"
+        return f"{self._prefix}/blobs/sha256/{blob_path(blob)}"
 
     def _problem(self, size: int | None, blob: Blob) -> str | None:
         where = self._url_of(self._key(blob))
@@ -446,7 +446,7 @@ class Objects:
             raise
         except Exception as error:
             if blob is not None and isinstance(error, FileNotFoundError):
-                raise missing(self._url_of(self._key(blob)), blob.digest) from None
+                raise missing_file(self._url_of(self._key(blob)), blob.digest) from None
             text, wrong = _describe(error), _is_wrong(error)
             raise StoreError(f"files {self._url}: {text}", outage=not wrong) from error
 
@@ -455,10 +455,9 @@ Files: TypeAlias = Blobs | Objects
 
 
 def _s3(url: str) -> _FileSystem:
-    with needs(f"files {url}: S3", "s3fs", "pip install 'turret[s3]'", StoreError):
+    with require_package(f"files {url}: S3", "s3fs", "pip install 'turret[s3]'", StoreError):
         from turret.store.s3 import S3
-    system: _FileSystem = S3()
-    return system
+    return S3()
 
 
 def _require_same(found: Blob, expected: Blob, source: Path) -> None:

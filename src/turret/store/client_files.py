@@ -22,7 +22,7 @@ from turret.database import Database, batches, client_files
 from turret.errors import InUse, NotFound, StoreError, TooLarge, TurretError
 from turret.json_types import JsonObject
 from turret.store import uploads
-from turret.store.blobs import Blob, Files, hash_file, place
+from turret.store.blobs import Blob, Files, blob_path, hash_file
 from turret.store.catalog import now, who
 from turret.store.core import Store
 
@@ -120,7 +120,7 @@ class ClientFiles:
                 with database.writing() as connection:
                     dead = uploads.end(connection, file.blob.upload)  # not if they were listed, and the answer was lost
                 if dead:
-                    self._place.remove(f"blobs/sha256/{place(file.blob)}")
+                    self._place.remove(f"blobs/sha256/{blob_path(file.blob)}")
 
     def list_files(
         self, owner: str, *, purpose: str | None = None, after: str | None = None, limit: int = 100
@@ -151,7 +151,7 @@ class ClientFiles:
             connection.execute(delete(client_files).where(client_files.c.id == id))
             _audit(connection, "delete file", found, before={"name": found.name, "bytes": found.blob.bytes})
         with suppress(TurretError, OSError):  # otherwise a gc removes it: no file lists this copy any more
-            self._place.remove(f"blobs/sha256/{place(found.blob)}")
+            self._place.remove(f"blobs/sha256/{blob_path(found.blob)}")
 
     @contextmanager
     def content(self, file: ClientFile) -> Iterator[Path]:
@@ -175,14 +175,14 @@ def find_file(connection: Connection, owner: str, id: str) -> ClientFile:
     return _file(row)
 
 
-def room(connection: Connection, owner: str) -> int:
+def room_left(connection: Connection, owner: str) -> int:
     """The bytes that the files of an owner leave."""
     used = select(func.coalesce(func.sum(client_files.c.bytes), 0)).where(client_files.c.owner == owner)
     return MOST_BYTES - int(connection.execute(used).scalar_one())
 
 
 def _require_room(connection: Connection, owner: str, blobs: Sequence[Blob]) -> None:
-    if sum(blob.bytes for blob in blobs) > room(connection, owner):
+    if sum(blob.bytes for blob in blobs) > room_left(connection, owner):
         raise TooLarge(f"your files would have more than {MOST_BYTES} bytes together: delete some first")
 
 

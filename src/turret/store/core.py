@@ -120,7 +120,7 @@ def describe_version(database: Database, version: Version, content: Mapping[str,
 # the same folder.
 
 
-def claim(location: Location, database: Database, files: Files, *, writes: bool) -> None:
+def claim_files(location: Location, database: Database, files: Files, *, writes: bool) -> None:
     """Record that the files belong to this catalog.
 
     Raises:
@@ -334,7 +334,7 @@ class Store:
         """Files of listed versions that are missing or have another size. Quick, because it hashes nothing."""
         database = self._open()
         with plain_errors(self._catalog):
-            return [] if database is None else upkeep.glance(database, self._blobs)
+            return [] if database is None else upkeep.missing_files(database, self._blobs)
 
     def diff(self, first: str, second: str, *, weights: bool = True) -> Difference:
         """Compare two versions: manifests, metrics, and how far the weights of the second are from the first.
@@ -370,7 +370,7 @@ class Store:
                 self._blobs.check(blob)
         with self._existing(version.reference).writing() as connection:
             version = catalog.find(connection, version.reference)
-            gates.check(version, alias, [*gates.of(connection, version.name, alias), *required])
+            gates.check_gates(version, alias, [*gates.metric_gates_of(connection, version.name, alias), *required])
             replays = golden.check(connection, version, alias)
             if also is not None:
                 also(connection)
@@ -487,7 +487,11 @@ class Store:
     def pointing(self) -> tuple[int, Sequence[Pointing]]:
         """The number of the newest move, and all aliases at that moment. A server polls this."""
         with self._reading() as connection:
-            return (0, ()) if connection is None else (aliases.last_move(connection), aliases.pointing(connection))
+            return (
+                (0, ())
+                if connection is None
+                else (aliases.last_move(connection), aliases.aliases_pointing_to(connection))
+            )
 
     def last_move(self) -> int:
         """The number of the newest move of any alias. If it is unchanged, no alias moved."""
@@ -644,7 +648,7 @@ class Store:
 
     def _claim_files(self, database: Database, *, writes: bool = True) -> None:
         if not self._shared.owns_files:
-            claim(self.location, database, self._blobs, writes=writes)
+            claim_files(self.location, database, self._blobs, writes=writes)
             self._shared.owns_files = writes
 
     def _open(self) -> Database | None:

@@ -65,7 +65,7 @@ class Gate:
         return {**asdict(self), "gate": str(self)}
 
 
-def check(version: Version, alias: str, required: Iterable[Gate]) -> None:
+def check_gates(version: Version, alias: str, required: Iterable[Gate]) -> None:
     """Raise GateFailed, which names every gate that the stored metrics of the version do not pass."""
     results = [(gate, *judge_gate(version, gate)) for gate in required]
     failed = [f"{gate} is required, {found}" for gate, passes, found in results if not passes]
@@ -84,7 +84,7 @@ def judge_gate(version: Version, gate: Gate) -> tuple[bool, str]:
     return _RELATIONS[gate.relation](value, gate.threshold), f"found {value!r}"
 
 
-def of(connection: Connection, name: str, alias: str | None = None) -> Sequence[Gate]:
+def metric_gates_of(connection: Connection, name: str, alias: str | None = None) -> Sequence[Gate]:
     """The gates of an alias, or of all aliases of a name."""
     query = select(gates).where(gates.c.adapter_id == catalog.adapter_of(connection, name))
     if alias is not None:
@@ -101,7 +101,7 @@ def add(connection: Connection, name: str, gate: Gate) -> None:
 
 def remove(connection: Connection, name: str, alias: str, text: str) -> None:
     """Remove a gate, or all gates of a metric; raises NotFound, which lists the gates of the alias."""
-    known = of(connection, name, alias)
+    known = metric_gates_of(connection, name, alias)
     if any(sign in text for sign in "<>="):
         matching = [gate for gate in known if gate == Gate.parse(text, alias)]
     else:
@@ -160,7 +160,7 @@ class GateStatus:
 
 def gates_of(connection: Connection, name: str, alias: str | None) -> Sequence[Gate | Golden]:
     """The gates and golden examples of an alias, or of all aliases of a name."""
-    return [*of(connection, name, alias), *golden.of(connection, name, alias)]
+    return [*metric_gates_of(connection, name, alias), *golden.golden_sets_of(connection, name, alias)]
 
 
 def gate_statuses(connection: Connection, name: str, alias: str | None = None) -> list[GateStatus]:

@@ -60,7 +60,7 @@ class Example:
         """The expected answer on one line, for people."""
         prefix = {"label": "label ", "equals": "", "contains": "a text with ", "expected": "a text like "}[self.check]
         score = "" if self.min_score is None else f" (score>={self.min_score:g})"
-        return f"{prefix}{shortly(self.wanted)}{score}"
+        return f"{prefix}{quote_value(self.wanted)}{score}"
 
     def failure(self, given: str | list[str]) -> str | None:
         """None if the answer passes; else what to add to `words()`, such as ", scored 0.512"."""
@@ -171,7 +171,7 @@ def name_of(digest: str) -> str:
     return f"{WORD}{digest.removeprefix('sha256:')[:12]}"
 
 
-def shortly(value: object) -> str:
+def quote_value(value: object) -> str:
     """Quote a value from a user, in at most 80 characters."""
     text = repr(list(value)) if isinstance(value, tuple | list) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -191,7 +191,7 @@ def check_share(share: float | None, examples: GoldenSet | None) -> float:
 # --- sets that aliases require ----------------------------------------------------------------------------------------
 
 
-def of(connection: Connection, name: str, alias: str | None = None) -> Sequence[Golden]:
+def golden_sets_of(connection: Connection, name: str, alias: str | None = None) -> Sequence[Golden]:
     """The sets that an alias requires, or all aliases of a name."""
     query = (
         select(golden_gates, golden_sets.c.kind, golden_sets.c.examples)
@@ -217,7 +217,7 @@ def add(connection: Connection, name: str, alias: str, examples: GoldenSet, shar
 
 def remove(connection: Connection, name: str, alias: str, text: str) -> None:
     """Let the alias no longer require a set, named by its digest or the start of it; raises NotFound."""
-    known = of(connection, name, alias)
+    known = golden_sets_of(connection, name, alias)
     prefix = text.strip().removeprefix(WORD).removeprefix("sha256:").partition(">")[0].strip()
     matching = [each for each in known if prefix and each.golden.removeprefix("sha256:").startswith(prefix)]
     if len(matching) != 1:
@@ -281,16 +281,16 @@ def check(connection: Connection, version: Version, alias: str) -> tuple[GoldenR
         ReplayNeeded: sets were not yet replayed on the version.
     """
     replays, missing, failed = replays_of(connection, version), [], []
-    required = of(connection, version.name, alias)
+    required = golden_sets_of(connection, version.name, alias)
     refusal = f"{version} may not become {version.name}@{alias}"
     remedy = f"promote another version, or change the gate with `turret gate {version.name} {alias}`"
     for gate in required:
         replay = replays.get(gate.golden)
         if replay is None:
-            if problem := misfit(version, content_of(connection, gate.golden)):
+            if problem := why_unfit(version, content_of(connection, gate.golden)):
                 raise GateFailed(f"{refusal}: {name_of(gate.golden)} {problem}: {remedy}")
             missing.append(gate.golden)
-        elif not passed(replay, gate):
+        elif not passes(replay, gate):
             failed.append(_failure(replay, gate))
     if failed:
         raise GateFailed(f"{refusal}: {'; '.join(failed)}: {remedy}")
@@ -307,17 +307,17 @@ def judge_golden(connection: Connection, version: Version, gate: Golden) -> tupl
     """Whether the version passes the set (None if it was never replayed), and the result for people."""
     replay = replays_of(connection, version).get(gate.golden)
     if replay is None:
-        problem = misfit(version, content_of(connection, gate.golden))
+        problem = why_unfit(version, content_of(connection, gate.golden))
         return (None, "never replayed on it") if problem is None else (False, problem)
-    return passed(replay, gate), f"{replay.passed} of {replay.total} passed, {to_minute(replay.replayed)}"
+    return passes(replay, gate), f"{replay.passed} of {replay.total} passed, {to_minute(replay.replayed)}"
 
 
-def passed(replay: GoldenReplay, gate: Golden) -> bool:
+def passes(replay: GoldenReplay, gate: Golden) -> bool:
     """Whether enough examples passed."""
     return replay.passed >= gate.share * replay.total - 1e-9
 
 
-def misfit(version: Version, examples: GoldenSet) -> str | None:
+def why_unfit(version: Version, examples: GoldenSet) -> str | None:
     """Why the version can never pass the set, judged by its manifest alone; None if it may pass."""
     task = version.task
     labels, generates = task.get("labels") or (), stored_task(task).generates
@@ -329,7 +329,7 @@ def misfit(version: Version, examples: GoldenSet) -> str | None:
         for label in many:
             if label not in labels:
                 known = ", ".join(map(str, labels[:8])) + (", ..." if len(labels) > 8 else "")
-                return f"expects label {shortly(label)} in example {place}, but {version} has labels {known}"
+                return f"expects label {quote_value(label)} in example {place}, but {version} has labels {known}"
     return None
 
 
@@ -338,8 +338,8 @@ def _failure(replay: GoldenReplay, gate: Golden) -> str:
     return (
         f"{replay.total - replay.passed} of {replay.total} golden examples failed "
         f"({gate} is required, replayed {to_minute(replay.replayed)}), "
-        f"first: example {first.get('example')} {shortly(first.get('text'))}, expected {first.get('expected')}, "
-        f"given {shortly(first.get('given'))}"
+        f"first: example {first.get('example')} {quote_value(first.get('text'))}, expected {first.get('expected')}, "
+        f"given {quote_value(first.get('given'))}"
     )
 
 

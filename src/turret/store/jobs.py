@@ -349,8 +349,7 @@ class JobQueue:
         with self._database.reading() as connection:
             rows = connection.execute(chosen.where(jobs.c.id.in_(list(ids)))).mappings().all()
         found: JsonValue = {row["id"]: dict(row) for row in rows}
-        states: dict[str, JobState] = found
-        return states
+        return found
 
     def studies(self, most: int) -> list[StudyRow]:
         """The newest studies, newest first, as `study` has them."""
@@ -575,7 +574,7 @@ class JobQueue:
             taken.lease.require(connection)
             end_job(connection, taken.id, "finished", None, taken.lease, result)
 
-    def after(
+    def end_try(
         self,
         taken: Job,
         problem: str | None,

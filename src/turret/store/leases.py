@@ -69,7 +69,7 @@ class Lease:
             )
 
 
-def length() -> float:
+def lease_seconds() -> float:
     """Seconds of the leases that this process takes."""
     text = os.environ.get(VARIABLE, "")
     try:
@@ -91,7 +91,7 @@ def clock(connection: Connection) -> float:
 def take(connection: Connection, name: str) -> Lease | None:
     """Take a lease that nobody holds, or whose owner is dead; None if it is held. In a writing transaction."""
     row = connection.execute(select(leases).where(leases.c.name == name)).first()
-    now, seconds = clock(connection), length()
+    now, seconds = clock(connection), lease_seconds()
     if row is not None and row.until > now and not _is_over(row, now):
         return None
     lease = Lease(name, uuid.uuid4().hex, 1 if row is None else row.fence + 1, seconds)
@@ -178,7 +178,7 @@ def is_free(database: Database, name: str, say: Callable[[str], None]) -> bool:
     until, host, process = first
     if _is_here(process):
         return False
-    say(f"waiting up to {length():.0f} s to see whether the process on {host} that has {name} is alive")
+    say(f"waiting up to {lease_seconds():.0f} s to see whether the process on {host} that has {name} is alive")
     while True:
         time.sleep(POLL_SECONDS)
         now = _until(database, name)

@@ -24,7 +24,7 @@ from turret.database import (
     panels,
     seen_adapters,
 )
-from turret.errors import AdapterError, BadArgument, BadReference, DataError, InUse, NotFound, listed, shown
+from turret.errors import AdapterError, BadArgument, BadReference, DataError, InUse, NotFound, quote, quote_all
 from turret.json_types import AsJson, JsonMapping, JsonObject
 from turret.reference import Reference, check_name
 from turret.store import catalog
@@ -98,8 +98,8 @@ class Panel:
             return self.questions[0]
         if found is None:
             names = [each.name for each in self.questions]
-            what = "a question has no name" if name is None else f"no question {shown(name, 40)}"
-            raise BadArgument(f"{what}: panel {self} asks {listed(names, 160)}")
+            what = "a question has no name" if name is None else f"no question {quote(name, 40)}"
+            raise BadArgument(f"{what}: panel {self} asks {quote_all(names, 160)}")
         return found
 
     def as_json(self) -> JsonObject:
@@ -169,9 +169,9 @@ class Panels:
             return found
         names = self.names()
         name = reference.partition("@")[0]
-        known = f"there are {listed(names, 120)}" if names else "there is none: `turret panel create` makes one"
+        known = f"there are {quote_all(names, 120)}" if names else "there is none: `turret panel create` makes one"
         if name in names:
-            known = f"it has {listed([str(each.number) for each in self.list() if each.name == name], 80)}"
+            known = f"it has {quote_all([str(each.number) for each in self.list() if each.name == name], 80)}"
         raise NotFound(f"no panel {ascii(reference)[:60]}: {known}")
 
     def find(self, reference: str) -> Panel | None:
@@ -204,7 +204,7 @@ class Panels:
             if connection.execute(own).first() is not None:
                 return error
         if name not in names:
-            return NotFound(f"{error}; its panels are {listed(names, 80)}")
+            return NotFound(f"{error}; its panels are {quote_all(names, 80)}")
         try:
             return NotFound(
                 f"{self.show(reference)} is a panel and no adapter: `turret evaluate` and `evaluate_panel` take it"
@@ -240,7 +240,7 @@ class Panels:
             return [{key: row[key] for key in ("verb", "number", "moved", "who")} for row in rows]
 
 
-def naming(connection: Connection, version: catalog.Version) -> Sequence[str]:
+def panels_naming(connection: Connection, version: catalog.Version) -> Sequence[str]:
     """The panels with a question for exactly this version, whatever the access sees."""
     query = _rows(connection)
     found = [_panel(row) for row in connection.execute(query).mappings()]
@@ -258,7 +258,7 @@ def _check_names(asked: Sequence[Question]) -> None:
         if len(name) > 100 or not name.isprintable() or name != name.strip():
             raise DataError(f"question {ascii(name)[:60]}: expected at most 100 printable characters")
         if names.count(name) > 1:
-            raise DataError(f"question {shown(name, 40)} is there twice: name each once")
+            raise DataError(f"question {quote(name, 40)} is there twice: name each once")
 
 
 def decisions_of(version: catalog.Version) -> Mapping[str, Decision]:
@@ -295,20 +295,20 @@ def _complete_question(connection: Connection, question: Question) -> Question:
         if not parts:
             raise DataError(f"{version} answers one question: leave #{question.part[:40]} out")
         example = f"{version}#{parts[0][:40]}"
-        raise DataError(f"{version} answers {listed(parts, 120)}: name one of them, such as {example}")
+        raise DataError(f"{version} answers {quote_all(parts, 120)}: name one of them, such as {example}")
     own = every[question.part]
     type_, labels, known = question.type or own.type, tuple(question.labels), set(own.labels)
-    name = shown(question.name, 40)
+    name = quote(question.name, 40)
     if type_ not in TYPES:
-        raise DataError(f"type of question {name} is {shown(type_, 40)}: expected {', '.join(TYPES)}")
+        raise DataError(f"type of question {name} is {quote(type_, 40)}: expected {', '.join(TYPES)}")
     for label in labels:
         if label not in known:
-            raise DataError(f"question {name}: no label {shown(label, 40)}, {version} has {listed(own.labels, 120)}")
+            raise DataError(f"question {name}: no label {quote(label, 40)}, {version} has {quote_all(own.labels, 120)}")
     if len(set(labels)) < len(labels) or len(labels or own.labels) > MOST_LABELS:
         raise DataError(f"question {name}: expected different labels, at most {MOST_LABELS}")
     if labels and set(labels) != known:
         raise DataError(
-            f"question {name}: the labels lack {shown(min(known - set(labels)), 40)}: name all of {version}"
+            f"question {name}: the labels lack {quote(min(known - set(labels)), 40)}: name all of {version}"
         )
     if type_ != own.type and type_ != "choice" and not labels:
         order = "false and true" if type_ == "predicate" else "the lowest to the highest"

@@ -203,7 +203,7 @@ class Alarm(AsJson):
     at: str
 
 
-def unsent(connection: Connection) -> Sequence[Alarm]:
+def unsent_alarms(connection: Connection) -> Sequence[Alarm]:
     """The alarms of all tenants in the last day that nobody has sent, the oldest first."""
     query = select(actions).outerjoin(alarms, alarms.c.audit_id == actions.c.id).where(alarms.c.audit_id.is_(None))
     query = query.where(actions.c.verb.in_(ALARM_KINDS), actions.c.at >= timestamp(datetime.now(UTC) - ALARM_KEPT))
@@ -489,7 +489,7 @@ def count_decided(connection: Connection, promise: Promise) -> tuple[int, int]:
     return int(row[0]), int(row[1] or 0)
 
 
-def breaks(connection: Connection, promise: Promise) -> int:
+def count_broken(connection: Connection, promise: Promise) -> int:
     """How many promises of the same version outcomes have broken."""
     own = (promises.c.tenant == access_of(connection).tenant) & (promises.c.digest == promise.digest)
     query = select(func.count()).select_from(promises).where(own, promises.c.broken.is_not(None))

@@ -100,7 +100,7 @@ def verify(database: Database, blobs: Files, reference: Reference | None = None)
     )
 
 
-def glance(database: Database, blobs: Files) -> list[str]:
+def missing_files(database: Database, blobs: Files) -> list[str]:
     """Files of listed versions that are missing or have another size. Hashes nothing."""
     with database.reading() as connection:
         content = catalog.contents(connection)
@@ -209,7 +209,7 @@ def _of_header(path: Path) -> Iterator[str]:
 def _orphans(database: Database, blobs: Files) -> Sequence[Blob]:
     existing = list(blobs.walk())
     with database.reading() as connection:  # after the walk: a put may have listed its files in the meantime
-        dead = uploads.dead(connection, existing, without=uploads.abandoned_uploads(connection))
+        dead = uploads.dead_copies(connection, existing, without=uploads.abandoned_uploads(connection))
     return [blob for _, blob in dead]
 
 
@@ -258,11 +258,13 @@ def remove_unlisted(files: Files, database: Database, *, dry_run: bool) -> Itera
     """Remove files that no version lists and no put is writing."""
     existing = list(files.walk())  # before the catalog is read: files written later are ignored
     with database.reading() as connection:
-        dead = uploads.dead(connection, existing, without=uploads.abandoned_uploads(connection) if dry_run else ())
+        dead = uploads.dead_copies(
+            connection, existing, without=uploads.abandoned_uploads(connection) if dry_run else ()
+        )
     yield from _remove(files, dead, dry_run)
     if not dry_run and uploads.forget_abandoned(database):  # last: a full disk may have room for this write now
         with database.reading() as connection:
-            late = [each for each in uploads.dead(connection, existing) if each not in dead]
+            late = [each for each in uploads.dead_copies(connection, existing) if each not in dead]
         yield from _remove(files, late, dry_run)
 
 

@@ -161,7 +161,7 @@ def forget_abandoned(database: Database) -> bool:
     return bool(ids)
 
 
-def dead(
+def dead_copies(
     connection: Connection, seen: Iterable[tuple[str, Blob]], *, without: Iterable[str] = ()
 ) -> Sequence[tuple[str, Blob]]:
     """The dead copies among those that were seen before this transaction began.

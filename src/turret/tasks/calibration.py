@@ -113,7 +113,7 @@ def check_coverage(coverage: float) -> None:
         raise DataError(f"coverage {coverage:g}: expected a number above 0 and below 1, such as 0.9")
 
 
-def require(calibration: Calibration | None, version: str) -> Calibration:
+def require_calibration(calibration: Calibration | None, version: str) -> Calibration:
     """The calibration of a version. Raises AdapterError if it has none."""
     if calibration is None:
         raise AdapterError(

@@ -9,20 +9,18 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from turret.data import Conversation, Dataset, Example, Input, Prompt, Schema, Turn
 from turret.data.columns import COMPLETED
 from turret.data.conversations import conversation_in
 from turret.errors import AdapterError, DataError
+from turret.families.family import Kind as FamilyKind
 from turret.tasks.chat_template import ChatTemplate, Rendered, Span, Tokenized
 from turret.tasks.shapes import TaskSpec
 from turret.tasks.task import Encoded, Task, TaskSettings, register
 from turret.tasks.text_answers import TextAnswers, conversations
 from turret.transformer import Tokenizer
-
-if TYPE_CHECKING:
-    from turret.families.family import Kind as FamilyKind
 
 LossOn = Literal["assistant", "last"]
 MAX_TARGET_TOKENS = 256
@@ -47,7 +45,7 @@ class Chat(TextAnswers):
     """Turns conversations into prompts and answers, by the template of a decoder."""
 
     kind: ClassVar[str] = "chat"
-    order: ClassVar[str] = "You are a helpful assistant. Answer the user."
+    instruction: str = "You are a helpful assistant. Answer the user."
 
     def __init__(
         self,
@@ -122,10 +120,6 @@ class Chat(TextAnswers):
             raise DataError('the loss on every answer needs a fast tokenizer: set task.loss_on = "last"')
         said = Prompt((Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")))
         self.template.answers(said, self.template.render(said, answering=True))
-
-    @property
-    def instruction(self) -> str:
-        return self.order
 
     # --- conversations to tokens -----------------------------------------------------------------------------------
 

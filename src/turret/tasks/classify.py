@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 from turret.data import Dataset, Example, Input, Labelled, Schema, TextPair
 from turret.data.columns import LABELLED
-from turret.errors import DataError, listed, shown
+from turret.errors import DataError, quote, quote_all
 from turret.json_types import JsonObject
 from turret.tasks.calibration import Calibration, Confidences, fit, label_sets, temperature_of
 from turret.tasks.shapes import Answer, HeadConfig, Metrics, TaskSpec
@@ -147,6 +147,7 @@ class HeadAnswers(Task, Protocol):
     request: ClassVar[RequestKind] = "classify"
     solved: ClassVar[bool] = True
     pipeline_tag: ClassVar[str] = "text-classification"
+    peft_task: ClassVar[str | None] = "SEQ_CLS"
     measures: ClassVar[Mapping[str, Measure]] = {"loss": LOSS}
     errors: ClassVar[str] = "the worst answers"
     sides: ClassVar[tuple[str, str]] = ("right is", "answered")
@@ -157,12 +158,12 @@ class HeadAnswers(Task, Protocol):
         return "print(logits.tolist())"
 
     @classmethod
-    def labels_of_outputs(cls, names: Sequence[str]) -> tuple[str, ...]:
-        return tuple(names)
+    def num_labels(cls, labels: Sequence[str]) -> int | None:
+        return len(labels) or None
 
     @classmethod
-    def peft_type(cls, *, encoder_decoder: bool | None) -> str | None:
-        return "SEQ_CLS"
+    def labels_of_outputs(cls, names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(names)
 
     @classmethod
     def from_words(cls, spec: TaskSpec, texts: Sequence[str]) -> Sequence[Input]:
@@ -298,7 +299,8 @@ class Classify(HeadAnswers):
         unknown = sorted(set(class_weights or {}) - set(labels))
         if unknown:
             raise DataError(
-                f"task.class_weights names {shown(unknown[0])}, which is not a class: the classes are {listed(labels)}"
+                f"task.class_weights names {quote(unknown[0])}, which is not a class: the classes are "
+                f"{quote_all(labels)}"
             )
         self.labels = tuple(labels)
         self.multi_label = multi_label
@@ -334,10 +336,6 @@ class Classify(HeadAnswers):
         )
 
     @classmethod
-    def num_labels(cls, labels: Sequence[str]) -> int | None:
-        return len(labels) or None
-
-    @classmethod
     def head_config(cls, spec: TaskSpec) -> HeadConfig:
         names = output_names(spec["labels"])
         return names | ({"problem_type": "multi_label_classification"} if spec.get("multi_label") else {})
@@ -368,7 +366,7 @@ class Classify(HeadAnswers):
             return many
         except KeyError as error:
             raise DataError(
-                f"label {shown(error.args[0])} is unknown to this classifier: it knows {listed(self.labels)}"
+                f"label {quote(error.args[0])} is unknown to this classifier: it knows {quote_all(self.labels)}"
             ) from None
 
     # --- logits to numbers and names -------------------------------------------------------------------------------
@@ -423,8 +421,7 @@ class Classify(HeadAnswers):
 
     def chosen_classes(self, logits: Tensor) -> list[int]:
         """The number of the answered class of each row."""
-        found: list[int] = logits.argmax(-1).tolist()
-        return found
+        return logits.argmax(-1).tolist()
 
     def metrics(self, logits: Tensor, targets: Tensor) -> Metrics:
         """accuracy, macro_f1, loss, ece and a report for each class. loss and ece are of the answers' probabilities.
@@ -502,8 +499,7 @@ class Classify(HeadAnswers):
 
     @classmethod
     def prediction_of(cls, answer: Answer) -> Prediction:
-        label: Prediction = answer["label"]
-        return label
+        return answer["label"]
 
     def score(self, given: Prediction, example: Example) -> float:
         right = example.output
@@ -585,5 +581,4 @@ def constant_loss(parts: Tensor) -> Tensor:
     """The loss of the best constant answer: sum_c a_c log(sum(a) / a_c) over the first axis, where 0 log 0 = 0."""
     import torch
 
-    loss: Tensor = torch.xlogy(parts, parts.sum(0)).sum(0) - torch.xlogy(parts, parts).sum(0)
-    return loss
+    return torch.xlogy(parts, parts.sum(0)).sum(0) - torch.xlogy(parts, parts).sum(0)

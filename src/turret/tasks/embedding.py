@@ -68,6 +68,7 @@ class TextEmbedding(HeadAnswers):
     head: ClassVar[HeadKind] = "embed"
     request: ClassVar[RequestKind] = "embed"
     pipeline_tag: ClassVar[str] = "sentence-similarity"
+    peft_task: ClassVar[str | None] = HEADLESS
     metric: ClassVar[str] = "main_score"
     metric_label: ClassVar[str] = "main score"
     spans: ClassVar[Literal["row", "batch"]] = "batch"
@@ -136,10 +137,6 @@ class TextEmbedding(HeadAnswers):
             dimensions=settings.dimensions or (),
             prefix_text=settings.prefix_text,
         )
-
-    @classmethod
-    def peft_type(cls, *, encoder_decoder: bool | None) -> str | None:
-        return HEADLESS
 
     @classmethod
     def print_line(cls, spec: TaskSpec) -> str:

@@ -7,13 +7,14 @@ loses its end; the template is never cut.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from turret.data import Dataset, Example, Input, Pair, Schema
 from turret.data.cells import RowReader
 from turret.data.columns import COMPLETED, SUMMARISED, Roles
 from turret.data.examples import Message
 from turret.errors import DataError
+from turret.families.family import Kind as FamilyKind
 from turret.json_types import JsonObject
 from turret.tasks.chat_template import base_prompt, render_template
 from turret.tasks.shapes import TaskSpec
@@ -21,10 +22,6 @@ from turret.tasks.task import Encoded, TaskSettings, register
 from turret.tasks.text_answers import TextAnswers, conversations
 from turret.tasks.tokens import Tokens
 from turret.transformer import Tokenizer
-
-if TYPE_CHECKING:
-    from turret.families.family import Kind as FamilyKind
-
 
 SUMMARIES = (  # column names
     ("document", "summary"),

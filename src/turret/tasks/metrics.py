@@ -22,7 +22,7 @@ _LARGEST_EXPONENT = 700.0  # exp of more overflows, and JSON has no infinity
 ClassNumbers = Sequence[int] | Sequence[Sequence[int]]  # one class for each text, or a row of ones and zeros
 
 
-def one_class(given: Sequence[int], true: Sequence[int], labels: Sequence[str], loss: float) -> dict[str, MetricValue]:
+def one_class(given: ClassNumbers, true: ClassNumbers, labels: Sequence[str], loss: float) -> dict[str, MetricValue]:
     """Metrics of one class for each text. given, true: class numbers."""
     right = sum(g == t for g, t in zip(given, true, strict=True))
     report = _report(true, given, labels)
@@ -41,17 +41,10 @@ def many_classes(
 
     given, true: a row of ones and zeros for each text.
     """
-    right = sum(list(g) == list(t) for g, t in zip(given, true, strict=True))
     hits = sum(g & t for gs, ts in zip(given, true, strict=True) for g, t in zip(gs, ts, strict=True))
     total = sum(map(sum, given)) + sum(map(sum, true))
-    report = _report(true, given, labels)
-    return {
-        "accuracy": right / len(true) if true else 0.0,
-        "micro_f1": 2 * hits / total if total else 0.0,
-        "macro_f1": _macro(report),
-        "loss": loss,
-        "per_class": report,
-    }
+    found = one_class(given, true, labels, loss)
+    return {"accuracy": found["accuracy"], "micro_f1": 2 * hits / total if total else 0.0, **found}
 
 
 def _report(true: ClassNumbers, given: ClassNumbers, labels: Sequence[str]) -> dict[str, dict[str, float | int]]:
@@ -145,8 +138,7 @@ def pearson(one: Sequence[float], other: Sequence[float]) -> float:
 def ranks(values: Sequence[float]) -> list[float]:
     """The rank of each value, from 1; equal values have the mean of theirs."""
     _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    found: list[float] = (np.cumsum(count) - (count - 1) / 2)[place].tolist()
-    return found
+    return (np.cumsum(count) - (count - 1) / 2)[place].tolist()
 
 
 def quadratic_kappa(given: Sequence[int], true: Sequence[int], levels: int) -> float:

@@ -15,7 +15,7 @@ from turret.data import Dataset, Example, Input, Labelled, Schema
 from turret.data.cells import by_column, in_order, question_in
 from turret.data.columns import LABELLED, PAIRED, Roles
 from turret.data.table import answer_to
-from turret.errors import DataError, listed, shown
+from turret.errors import DataError, quote, quote_all
 from turret.tasks.calibration import FEWEST, Calibration, Confidences, fit, stored_by_question, temperature_of
 from turret.tasks.classify import (
     ECE,
@@ -79,7 +79,7 @@ class Questions(HeadAnswers):
     ) -> None:
         if unknown := sorted(set(class_weights or {}) - set(labels)):
             raise DataError(
-                f"task.class_weights names {shown(unknown[0])}, which is no answer: the answers are {listed(labels)}"
+                f"task.class_weights names {quote(unknown[0])}, which is no answer: the answers are {quote_all(labels)}"
             )
         self.labels = tuple(labels)
         self.parts = _parts(labels)
@@ -114,10 +114,6 @@ class Questions(HeadAnswers):
         )
 
     @classmethod
-    def num_labels(cls, labels: Sequence[str]) -> int | None:
-        return len(labels) or None
-
-    @classmethod
     def labels_of_outputs(cls, names: Sequence[str]) -> tuple[str, ...]:
         """The names, each `question: class`. Raises DataError for others."""
         _parts(names)
@@ -146,7 +142,9 @@ class Questions(HeadAnswers):
         for row, example in enumerate(examples):
             for label in example.labels:
                 if label not in place:
-                    raise DataError(f"answer {shown(label)} is unknown to this version: it knows {listed(self.labels)}")
+                    raise DataError(
+                        f"answer {quote(label)} is unknown to this version: it knows {quote_all(self.labels)}"
+                    )
                 question = question_in(label)
                 rows[row, column[question]] = place[label] - self.parts[question].start
         return rows
@@ -332,11 +330,11 @@ def _parts(labels: Sequence[str]) -> dict[str, slice]:
     for question, part in parts.items():
         if not question or part.stop - part.start < 2 or set(questions[part]) != {question}:
             raise DataError(
-                f"the answers are {listed(labels, 80)}: expected `question: class`, and two classes or more of a "
+                f"the answers are {quote_all(labels, 80)}: expected `question: class`, and two classes or more of a "
                 "question after one another"
             )
     if len(set(labels)) < len(labels) or not parts:
-        raise DataError(f"the answers are {listed(labels, 80)}: expected different ones")
+        raise DataError(f"the answers are {quote_all(labels, 80)}: expected different ones")
     return parts
 
 

@@ -162,8 +162,7 @@ class Regression(NumberAnswers):
         return float(self.targets(examples).var(correction=0))
 
     def values(self, logits: Tensor) -> list[float]:
-        found: list[float] = (logits.detach().double()[:, 0] * self.deviation + self.mean).tolist()
-        return found
+        return (logits.detach().double()[:, 0] * self.deviation + self.mean).tolist()
 
     def metrics(self, logits: Tensor, targets: Tensor) -> Metrics:
         """nearness, mae, rmse, pearson and spearman in units of the data; loss in units of the training values."""

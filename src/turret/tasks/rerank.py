@@ -54,6 +54,7 @@ class Rerank(NumberAnswers):
     }
     errors: ClassVar[str] = "the worst pairs"
     texts: ClassVar[tuple[str, str]] = ("query", "passage")
+    instruction: str = "Judge how relevant the second text is to the first."
 
     def __init__(
         self,
@@ -86,10 +87,6 @@ class Rerank(NumberAnswers):
     @classmethod
     def print_line(cls, spec: TaskSpec) -> str:
         return "print(float(logits[0].sigmoid()))"
-
-    @property
-    def instruction(self) -> str:
-        return "Judge how relevant the second text is to the first."
 
     def targets(self, examples: Sequence[Example]) -> Tensor:
         """Relevance from 0 to 1, and the number of the query among these examples: (B, 2) float32."""
@@ -163,8 +160,7 @@ class Rerank(NumberAnswers):
 
 
 def _shares(logits: Tensor, temperature: float) -> list[float]:
-    values: list[float] = (logits.detach().double()[:, 0] / temperature).sigmoid().tolist()
-    return values
+    return (logits.detach().double()[:, 0] / temperature).sigmoid().tolist()
 
 
 def _relevance(example: Example) -> float:

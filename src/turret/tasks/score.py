@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from turret.data import Dataset, Example, Labelled, Schema
 from turret.data.columns import LABELLED, PAIRED, Roles
-from turret.errors import DataError, counted, listed, shown
+from turret.errors import DataError, count_of, quote, quote_all
 from turret.tasks.classify import TEXTS, Classify, output_names
 from turret.tasks.regression import MAE, NEARNESS, SPEARMAN
 from turret.tasks.shapes import Answer, HeadConfig, Metrics, TaskSpec
@@ -133,8 +133,7 @@ class Score(Classify):
 
     def chosen_classes(self, logits: Tensor) -> list[int]:
         """The number of the median level of each row."""
-        found: list[int] = (logits.float().sigmoid().cummin(-1).values >= 0.5).sum(-1).tolist()
-        return found
+        return (logits.float().sigmoid().cummin(-1).values >= 0.5).sum(-1).tolist()
 
     def metrics(self, logits: Tensor, targets: Tensor) -> Metrics:
         """What a classifier has, and nearness, mae, quadratic_kappa and spearman of the numbers of the levels."""
@@ -155,7 +154,7 @@ class Score(Classify):
         found = []
         for each in super().worst(examples, answers):
             given, right = (self.labels.index(str(level)) for level in (each.given, each.right))
-            far = counted(abs(given - right), "level")
+            far = count_of(abs(given - right), "level")
             error = f"{far} too {'high' if given > right else 'low'}"
             found.append(dataclasses.replace(each, error=error))
         return sorted(found, key=lambda each: each.score)
@@ -175,8 +174,8 @@ def in_order(found: Sequence[str], levels: Sequence[str] | None) -> tuple[str, .
     """
     if levels is None:
         if not all(each.lstrip("+-").isdigit() for each in found):
-            raise DataError(f'the order of {listed(found)} is not known: set task.levels = ["lowest", …, "highest"]')
+            raise DataError(f'the order of {quote_all(found)} is not known: set task.levels = ["lowest", …, "highest"]')
         return tuple(found)
     if unknown := [each for each in found if each not in levels]:
-        raise DataError(f"task.levels lacks {shown(unknown[0], 40)}, which is in the table: name every level")
+        raise DataError(f"task.levels lacks {quote(unknown[0], 40)}, which is in the table: name every level")
     return tuple(levels)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self, TypeAlias, TypeGuard, TypeVar, get_args
 
 from turret.data import Dataset, Example, Input, Schema, TextPair
-from turret.errors import AdapterError, DataError, shown
+from turret.errors import AdapterError, DataError, quote
 from turret.families.family import Pooling
 from turret.json_types import JsonObject, mapping_of
 from turret.tasks.calibration import Calibration, Confidences
@@ -131,7 +131,7 @@ class Decision:
         return cls("choice", tuple(labels))
 
 
-def chances(answer: Answer, decision: str) -> Mapping[str, float]:
+def label_probabilities(answer: Answer, decision: str) -> Mapping[str, float]:
     """The probability of each label of one decision in an answer. decision: a key of `Task.decisions`.
 
     Raises:
@@ -143,7 +143,7 @@ def chances(answer: Answer, decision: str) -> Mapping[str, float]:
         found = mapping_of(answer["probabilities"])
         return dict(zip(SIDES, (1 - found[decision], found[decision]), strict=True)) if decision else found
     except KeyError:
-        raise AdapterError(f"the answer decides no {shown(decision, 40)}: ask a version that does") from None
+        raise AdapterError(f"the answer decides no {quote(decision, 40)}: ask a version that does") from None
 
 
 @dataclass(frozen=True)
@@ -217,6 +217,7 @@ class Task(Protocol):
     solved: ClassVar[bool] = False  # whether a new head starts at the linear solution
     head: ClassVar[HeadKind]  # that its base is loaded with
     pipeline_tag: ClassVar[str]  # the Hub's name of it
+    peft_task: ClassVar[str | None] = None  # PEFT's, if no base decides it
     metric: ClassVar[str]  # the number that `compare` judges: the mean of `score`
     metric_label: ClassVar[str]  # the metric's name in tables and reports
     measures: ClassVar[Mapping[str, Measure]]  # every metric that `metrics` gives, by its key
@@ -254,6 +255,7 @@ class Task(Protocol):
     @classmethod
     def peft_type(cls, *, encoder_decoder: bool | None) -> str | None:
         """PEFT's `task_type` on a base of that kind; None if its kind is not known and decides it."""
+        return cls.peft_task
 
     @classmethod
     def num_labels(cls, labels: Sequence[str]) -> int | None:
@@ -263,6 +265,7 @@ class Task(Protocol):
     @classmethod
     def labels_of_outputs(cls, names: Sequence[str]) -> tuple[str, ...]:
         """The labels of a head whose outputs have these names, in order. Raises DataError if the task has no such."""
+        return ()
 
     @classmethod
     def head_config(cls, spec: TaskSpec) -> HeadConfig:
@@ -280,6 +283,7 @@ class Task(Protocol):
     @classmethod
     def from_words(cls, spec: TaskSpec, texts: Sequence[str]) -> Sequence[Input]:
         """What is asked by texts that follow one another on a command line. Raises DataError."""
+        return texts
 
     @classmethod
     def questions(cls, labels: Sequence[str]) -> tuple[str, ...]:
@@ -443,7 +447,7 @@ class ComparingTask(Task, Protocol):
         """The metrics of some margins, and an answer for each."""
 
 
-def compares(task: Task) -> TypeGuard[ComparingTask]:
+def is_comparing(task: Task) -> TypeGuard[ComparingTask]:
     """Whether the task learns from two answers."""
     return task.two_answers
 
@@ -460,7 +464,7 @@ def register(task: Registered) -> Registered:
     return task
 
 
-def kinds(form: Callable[[str], str] = str) -> str:
+def task_kinds(form: Callable[[str], str] = str) -> str:
     """`classify, summarize or generate`."""
     *most, last = map(form, TASKS)
     return f"{', '.join(most)} or {last}"
@@ -469,7 +473,7 @@ def kinds(form: Callable[[str], str] = str) -> str:
 def task_of(kind: str) -> type[Task]:
     """The task of that kind. Raises DataError, which lists the known kinds."""
     if kind not in TASKS:
-        raise DataError(f"there is no task {shown(kind, 40)}: expected {kinds()}")
+        raise DataError(f"there is no task {quote(kind, 40)}: expected {task_kinds()}")
     return TASKS[kind]
 
 
@@ -478,7 +482,7 @@ def stored_task(spec: TaskSpec) -> type[Task]:
     return TASKS.get(str(spec.get("kind")), TASKS["generate"])
 
 
-def measuring(values: Metrics, kind: str | None = None) -> type[Task]:
+def task_measured_by(values: Metrics, kind: str | None = None) -> type[Task]:
     """The task that these metrics are of: the one of that kind, or else the first one that has all of them."""
     if kind in TASKS:
         return TASKS[kind]
@@ -488,12 +492,12 @@ def measuring(values: Metrics, kind: str | None = None) -> type[Task]:
 
 def main_metric(values: Metrics, kind: str | None = None) -> str | None:
     """The metric to show if there is room for one: the task's own, or else the loss; None if neither was measured."""
-    return next((name for name in (measuring(values, kind).metric, "loss") if name in values), None)
+    return next((name for name in (task_measured_by(values, kind).metric, "loss") if name in values), None)
 
 
 def measure_of(name: str, values: Metrics, kind: str | None = None) -> Measure:
     """How to show one of these metrics."""
-    return measuring(values, kind).measures.get(name) or Measure(name.replace("_", " "))
+    return task_measured_by(values, kind).measures.get(name) or Measure(name.replace("_", " "))
 
 
 TOGETHER = 128  # examples whose loss is computed together in an evaluation, if it compares the examples of a batch

@@ -59,10 +59,6 @@ class TextAnswers(Task, Protocol):
         return "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
 
     @classmethod
-    def labels_of_outputs(cls, names: Sequence[str]) -> tuple[str, ...]:
-        return ()
-
-    @classmethod
     def certainty(cls, answer: Answer) -> tuple[float, float]:
         raise DataError("a text has no probability, so no answer is surer than another")
 
@@ -76,10 +72,6 @@ class TextAnswers(Task, Protocol):
         from turret.tasks.metrics import rouge_l
 
         return max(rouge_l(str(given), each) for each in example.references)
-
-    @classmethod
-    def from_words(cls, spec: TaskSpec, texts: Sequence[str]) -> Sequence[Input]:
-        return texts
 
     @classmethod
     def line(cls, answer: Answer) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from turret.data import Dataset, Example, Input, Schema, Tagged
 from turret.data.columns import SPANNED, TAGGED
 from turret.data.examples import Span, written_span
-from turret.errors import DataError, listed, shown
+from turret.errors import DataError, quote, quote_all
 from turret.tasks.calibration import FEWEST, Calibration, Confidences, fit, temperature_of
 from turret.tasks.classify import ECE, TEXTS, HeadAnswers, TextInputs, output_names
 from turret.tasks.shapes import Answer, HeadConfig, Metrics, SpanAnswer, TaskSpec
@@ -71,6 +71,7 @@ class TokenClassification(HeadAnswers):
     head: ClassVar[HeadKind] = "tag"
     reads_tokens: ClassVar[bool] = True
     pipeline_tag: ClassVar[str] = "token-classification"
+    peft_task: ClassVar[str | None] = "TOKEN_CLS"
     calibrates: ClassVar[bool] = True
     solved: ClassVar[bool] = False
     metric: ClassVar[str] = "text_f1"
@@ -137,7 +138,7 @@ class TokenClassification(HeadAnswers):
         found = tuple(dict.fromkeys(name[2:] for name in names if name != OUTSIDE))
         if tuple(names) != _tags_of(found):
             raise DataError(
-                f"the head's outputs are {listed(names, 80)}: expected O, then B- and I- of each label; train it again"
+                f"the head's outputs are {quote_all(names, 80)}: expected O, then B- and I- of each label: train again"
             )
         return found
 
@@ -148,10 +149,6 @@ class TokenClassification(HeadAnswers):
     @classmethod
     def print_line(cls, spec: TaskSpec) -> str:
         return "print(logits.argmax(-1).tolist())"
-
-    @classmethod
-    def peft_type(cls, *, encoder_decoder: bool | None) -> str | None:
-        return "TOKEN_CLS"
 
     @property
     def instruction(self) -> str:
@@ -254,7 +251,7 @@ class TokenClassification(HeadAnswers):
         tags, spans, place = [0] * len(words), example.spans, 0
         for start, end, label in spans:
             if label not in self.labels:
-                raise DataError(f"label {shown(label)} is unknown to this tagger: it knows {listed(self.labels)}")
+                raise DataError(f"label {quote(label)} is unknown to this tagger: it knows {quote_all(self.labels)}")
             while place < len(words) and words[place][1] <= start:
                 place += 1
             letter = "B"

@@ -42,7 +42,7 @@ class CallFormat:
     @classmethod
     def of_text(cls, text: str, name: str) -> Self:
         """The format of a text with one call of a tool of that name; the usual one if it has no such JSON."""
-        for start, end, value in objects(text):
+        for start, end, value in json_objects(text):
             if value.get("name") == name:
                 before, after = text[:start], text[end:].rstrip()
                 close = before.rstrip()[-1:] == "[" and after.lstrip()[:1] == "]"
@@ -62,7 +62,7 @@ def _up_to_special(text: str) -> str:
     return tag + close if tag.lstrip().startswith("</") else ""
 
 
-def objects(text: str) -> list[tuple[int, int, Mapping[str, Plain]]]:
+def json_objects(text: str) -> list[tuple[int, int, Mapping[str, Plain]]]:
     """The outermost JSON objects in a text: start, end, value."""
     decoder, place, found = json.JSONDecoder(), 0, list[tuple[int, int, Mapping[str, Plain]]]()
     while len(found) < MOST_CALLS and (place := text.find("{", place)) >= 0:
@@ -79,7 +79,7 @@ def objects(text: str) -> list[tuple[int, int, Mapping[str, Plain]]]:
 def read_calls(text: str, names: Collection[str], form: CallFormat) -> Answer:
     """The calls of known tools in an answer, and the text before the first one."""
     calls, first = list[Call](), len(text)
-    for start, _, value in objects(text):
+    for start, _, value in json_objects(text):
         if (call := _call(value, names)) is not None:
             calls.append(call)
             first = min(first, start)

@@ -9,10 +9,10 @@ TrainingSlot(engine, name, method, kind=...)        an adapter that trains on an
 The modules `evaluation` and `asking` measure an adapter, as it trains and as it will serve. `proof` proves its bundle.
 """
 
-from turret.train.initialize import filled
+from turret.train.initialize import fill_recipe
 from turret.train.loop import fit
 from turret.train.lr_finder import find_rate
 from turret.train.preflight import plan
 from turret.train.slot import TrainingSlot
 
-__all__ = ["TrainingSlot", "filled", "find_rate", "fit", "plan"]
+__all__ = ["TrainingSlot", "fill_recipe", "find_rate", "fit", "plan"]

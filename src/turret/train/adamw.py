@@ -1,4 +1,4 @@
-"""The two moments of AdamW over one row of weights: in float32, or in 8 bits by bitsandbytes.
+"""AdamW over one row of weights (moments in float32, or in 8 bits by bitsandbytes), and the learning rate schedule.
 
 m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
 w <- w (1 - lr decay) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 
 from turret import quantized
 from turret.engine.protocol import OptimStep
-from turret.errors import TrainingError, needs
+from turret.errors import TrainingError, require_package
 from turret.ops.structs import GRADIENT_STAYS
 
 BLOCK = 256  # values with one scale, in 8 bits; bitsandbytes has no other size
@@ -32,16 +32,6 @@ class Part(NamedTuple):
     def weight_decay(self, how: OptimStep) -> float:
         """What to multiply by the part's learning rate, so that a ratio does not change the decay."""
         return how.weight_decay / self.ratio if self.decays else 0.0
-
-
-class Moments(Protocol):
-    """The moments of a row of N weights."""
-
-    def step(self, weights: Tensor, gradients: Tensor, how: OptimStep, steps: int) -> None:
-        """Update moments and weights (N,) float32. steps: with this one."""
-
-    def state(self) -> dict[str, Tensor]:
-        """The tensors that a checkpoint keeps. They are not copies."""
 
 
 class Float32Moments:
@@ -154,7 +144,7 @@ def moment_bytes(optimizer: str | None, weights: int) -> int:
 def require_eight_bits() -> None:
     """Raise TrainingError if bitsandbytes is not installed."""
     remedy = "pip install 'turret[quantized]', or leave it out"
-    with needs('train.optimizer = "adamw8bit"', "bitsandbytes", remedy, TrainingError):
+    with require_package('train.optimizer = "adamw8bit"', "bitsandbytes", remedy, TrainingError):
         quantized.library()
 
 
@@ -240,7 +230,7 @@ class AdamW:
             else:
                 parts.append(Part(slice(start, stop), *alike))
             start = stop
-        self._moments: Moments = MOMENTS[kind](self.weights, parts)
+        self._moments: Float32Moments | EightBitMoments = MOMENTS[kind](self.weights, parts)
 
     def zero_gradients(self) -> None:
         self.gradients.zero_()

@@ -20,8 +20,8 @@ from turret.adapters.hooks import hook_model
 from turret.adapters.packed import HeadRow, texts_in
 from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base
-from turret.bases.base import share
-from turret.bases.fingerprints import within
+from turret.bases.base import share_weights
+from turret.bases.fingerprints import is_within
 from turret.bases.sharded import parts_of
 from turret.data import Example, Input
 from turret.engine.cache import capacity
@@ -38,8 +38,8 @@ from turret.tasks.shapes import Answer, Generation, Metrics, number_of
 from turret.tasks.task import RequestKind
 from turret.tasks.tokens import Tokens
 from turret.train.batches import CACHE_TOKENS, GENERATED_ROWS, EncodedRows, by_length
-from turret.train.evaluation import class_logits, evaluate, evaluating
-from turret.train.step import mount_reference
+from turret.train.evaluation import class_logits, evaluate, evaluation_mode
+from turret.train.losses import mount_reference
 from turret.transformer import Model
 
 MOST_TOKENS = 4096  # of one pass of an attached model that generates, prompt and new tokens
@@ -88,7 +88,7 @@ class Asking(Closing):
     def model(self) -> Model:
         """A model with the adapter in the slot that every row takes; of the bare base, with hooks only."""
         if self._model is None:
-            self._model = share(self.base).model
+            self._model = share_weights(self.base).model
             if self.adapter is None:
                 hook_model(self._model)
             else:
@@ -131,7 +131,7 @@ class Asking(Closing):
         if self.task.pooling is not None:
             return self._vectors([text for row in rows for text in texts_in(row)], self.task.pooling, bare=bare)
         if self.why_plain is not None:
-            with evaluating(self.model, adapters.BARE if bare else None):
+            with evaluation_mode(self.model, adapters.BARE if bare else None):
                 return torch.cat(class_logits(self.model, rows, self.most_tokens))
         order = sorted(range(len(rows)), key=lambda place: len(rows[place][0]))
         options = [SamplingParams(logits=True, read=_places(rows[place][1])) for place in order]
@@ -164,7 +164,7 @@ class Asking(Closing):
     def _vectors(self, texts: Sequence[Tensor], pooling: Pooling, *, bare: bool) -> Tensor:
         """The pooled hidden states of each text: (N, D) float32 on the CPU. The engine reads equal texts once."""
         if self.why_plain is not None:
-            with evaluating(self.model, adapters.BARE if bare else None):
+            with evaluation_mode(self.model, adapters.BARE if bare else None):
                 return torch.cat(class_logits(self.model, [(ids, None) for ids in texts], self.most_tokens, pooling))
         places = dict[tuple[int, ...], list[int]]()
         for place, ids in enumerate(texts):
@@ -195,7 +195,7 @@ class Asking(Closing):
             return self._bare.texts(sources, new_tokens=new_tokens)
         bare = bare or adapter is None
         if self.why_plain is not None:
-            with evaluating(self.model, adapters.BARE if bare else None):
+            with evaluation_mode(self.model, adapters.BARE if bare else None):
                 return _generate_texts(self.model, self.task, sources, new_tokens)
         settings = self.task.generation
         answer = int(settings["max_new_tokens"]) if new_tokens is None else new_tokens
@@ -271,7 +271,7 @@ class Asking(Closing):
             base, adapter = self.base, self.adapter
             if adapter is not None and adapter.method.every_weight:
                 weights = {**adapter.tensors, **adapter.head}
-                head = {name: each for name, each in weights.items() if within(name, base.family.head_modules)}
+                head = {name: each for name, each in weights.items() if is_within(name, base.family.head_modules)}
                 base, adapter = _with_weights(base, adapter), _nothing(base, self.task, head)
             self._engine = Engine(base, None, limits)
             answering = [_nothing(self.base, self.task), *([] if adapter is None else [adapter])]
@@ -332,9 +332,9 @@ def _places(read: Tensor | None) -> tuple[int, ...] | None:
     return None if read is None else tuple(read.tolist())
 
 
-def twin(base: Base) -> Base:
+def twin_base(base: Base) -> Base:
     """Another model on a base's weights, to be asked while the base's own one trains. A base in parts has none."""
-    return base if parts_of(base.model) > 1 else share(base)
+    return base if parts_of(base.model) > 1 else share_weights(base)
 
 
 def _nothing(base: Base, task: Task, head: dict[str, Tensor] | None = None) -> Adapter:
@@ -344,7 +344,7 @@ def _nothing(base: Base, task: Task, head: dict[str, Tensor] | None = None) -> A
 
 def _with_weights(base: Base, adapter: Adapter) -> Base:
     """The base with the weights of a full fine-tuning, which no other model on it sees."""
-    own = share(base)
+    own = share_weights(base)
     shared = shared_names(own.model)
     for name, value in adapter.tensors.items():
         old = own.model.get_parameter(name)

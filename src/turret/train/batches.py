@@ -205,8 +205,7 @@ def spread_indices(count: int, most: int) -> Sequence[int]:
 def epoch_order(count: int, *, seed: int, epoch: int) -> list[int]:
     """The order of the examples in an epoch. It depends on seed and epoch alone, so a run can resume at any step."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
-    order: list[int] = torch.randperm(count, generator=generator).tolist()
-    return order
+    return torch.randperm(count, generator=generator).tolist()
 
 
 @dataclass(frozen=True)

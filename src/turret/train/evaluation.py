@@ -15,11 +15,11 @@ from turret.data import Example
 from turret.engine.scheduler import between_passes
 from turret.errors import DataError
 from turret.families.family import Pooling
-from turret.tasks import ComparingTask, Task, compares
+from turret.tasks import ComparingTask, Task, is_comparing
 from turret.tasks.shapes import Answer, Metrics
 from turret.tasks.task import shared_losses
 from turret.train.batches import EncodedRows, by_length
-from turret.train.step import compare_answers, loss_of, still
+from turret.train.losses import compare_answers, eval_mode, loss_of, target_states
 from turret.transformer import Model
 
 
@@ -43,11 +43,11 @@ def evaluate(
     if not examples:
         raise DataError("nothing to evaluate on: the split is empty; name data.test or data.validation")
     items = examples if isinstance(examples, EncodedRows) else EncodedRows(task, examples)
-    with evaluating(model, slot):
+    with evaluation_mode(model, slot):
         if items.take([0])[0].target is None:  # a head answers
             outputs = class_logits(model, items.windows(), most_tokens, task.pooling)
             return task.judge(torch.cat(outputs), items.examples)
-        if compares(task):
+        if is_comparing(task):
             return _preferences(model, task, items, most_tokens, bare=slot == BARE)
         loss = _target_loss(model, task, items, most_tokens)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, []
@@ -62,7 +62,7 @@ def example_losses(
         slot: of the adapter that answers (0: the bare base); None: the active one.
     """
     count = len(items)
-    with evaluating(model, slot):
+    with evaluation_mode(model, slot):
         taken = items.take(range(count))
         if taken[0].target is None:  # a head answers
             outputs = class_logits(model, [(item.source, item.read) for item in taken], most_tokens, task.pooling)
@@ -75,10 +75,7 @@ def example_losses(
         losses, weights = [0.0] * count, [0] * count
         for piece in by_length(items.lengths(), most_tokens):
             taken = items.take(piece)
-            targets = [item.target for item in taken if item.target is not None]
-            earlier = [item.earlier for item in taken]
-            states = packed.target_states(model, [item.source for item in taken], targets, earlier=earlier)  # (N, D)
-            rows = torch.split(states, [item.weight for item in taken])
+            rows = torch.split(target_states(model, taken), [item.weight for item in taken])
             for place, row, item in zip(piece, rows, taken, strict=True):
                 logits = packed.vocabulary_logits(model, row)  # of one text: those of all take much memory
                 losses[place] = float(task.loss(logits, item.counted.to(row.device))) * item.weight
@@ -87,18 +84,18 @@ def example_losses(
 
 
 @contextmanager
-def evaluating(model: Model, slot: int | None) -> Iterator[None]:
+def evaluation_mode(model: Model, slot: int | None) -> Iterator[None]:
     """Eval mode, no gradients, and all rows on one slot, for the length of the block."""
     slot = attachment(model).context.active if slot is None else slot
     # no_grad, not inference_mode: a later forward pass with gradients may use tensors that the model caches here
-    with still(model), on_slot(model, slot), torch.no_grad():
+    with eval_mode(model), on_slot(model, slot), torch.no_grad():
         yield
 
 
 def class_logits(
     model: Model, rows: Sequence[HeadRow], most_tokens: int, pooling: Pooling | None = None
 ) -> list[Tensor]:
-    """The outputs for each row, in `evaluating`: of a head (1, C), or (K, C) of the tokens that are read; or vectors.
+    """The outputs for each row, in `evaluation_mode`: of a head (1, C), or (K, C) of the tokens read; or vectors.
 
     Each is float32 on the CPU.
     """

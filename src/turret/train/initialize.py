@@ -21,7 +21,7 @@ from turret.methods.method import Defaults, Method, usual_epochs
 from turret.recipe import Recipe, Train
 from turret.tasks import Task, stored_task, task_of
 from turret.train.adamw import AdamW, require_eight_bits
-from turret.train.step import mount_reference
+from turret.train.losses import mount_reference
 from turret.transformer import Model
 
 
@@ -129,12 +129,12 @@ def defaults_of(method: Method, base: Base, task_kind: str, *, parameters: int |
         parameters: of the base without adapters; None: of a base that nothing is attached to, counted here.
     """
     task = task_of(task_kind)
-    count = quantized.count(base.model) if parameters is None else parameters
+    count = quantized.count_weights(base.model) if parameters is None else parameters
     own = method.defaults(base.family.kind, task.request, parameters=count, outputs=base.model.config.num_labels)
     return replace(own, lr=own.lr * task.rate_ratio)
 
 
-def filled(recipe: Recipe, base: Base, task_kind: str, examples: int) -> Recipe:
+def fill_recipe(recipe: Recipe, base: Base, task_kind: str, examples: int) -> Recipe:
     """The recipe with its missing settings filled in, so that later defaults change nothing in this run.
 
     `lr = "auto"` stays until trials have found the rate.

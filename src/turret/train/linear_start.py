@@ -16,7 +16,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +28,13 @@ from turret.engine.scheduler import between_passes
 from turret.errors import LossNotFinite
 from turret.families import parts_of_head
 from turret.ops.dropout import Draws
+from turret.recipe import Recipe
 from turret.tasks import Task
 from turret.train.adamw import learning_rate
 from turret.train.batches import EncodedRow, EncodedRows, Schedule, by_length, spread_indices
-from turret.train.evaluation import evaluating
+from turret.train.evaluation import evaluation_mode
 from turret.train.initialize import recipe_step
 from turret.train.slot import LocalSlot
-
-if TYPE_CHECKING:
-    from turret.recipe import Recipe
 
 MOST_EXAMPLES = 10_000  # whose features are computed
 MOST_TRIED = 2_000  # examples of the cross-validation
@@ -54,14 +51,6 @@ ITERATIONS_TIMED = 10
 SAY_SECONDS = 10.0  # between lines of progress
 SLOT = f"slots.{adapters.ATTACHED}."  # in the names of a head's trained copy
 LossFunction = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Solution:
-    """A linear map from features to outputs: weight (C, D), bias (C,)."""
-
-    weight: Tensor
-    bias: Tensor
 
 
 @dataclass(frozen=True)
@@ -103,7 +92,7 @@ class HeadStart:
             if loss_of_mean < (1 - BETTER) * loss:
                 taught = min(2 * steps, STEPS)
                 self._learn(slot, mean, some, lr, taught, say)
-                learnt = distance(self.features(some), mean, mean.var())
+                learnt = relative_distance(self.features(some), mean, mean.var())
                 said |= {"mean_steps": taught, "mean_loss": float(learnt)}
         self.base.model.train()
         # With dropout, as in the steps to come: else it outweighs features that hardly vary. Of few examples, or few of
@@ -114,7 +103,7 @@ class HeadStart:
         if not bool(torch.isfinite(read).all()):
             raise LossNotFinite("what the head reads became infinite")
         penalty, _ = self.choose_penalty(read, targets, draws)
-        self.set(solve(read, targets, self.task.loss, penalty, len(self.layer.weight)))
+        self.set(*solve(read, targets, self.task.loss, penalty, len(self.layer.weight)))
         slot.restart(slot.optimiser.weights.clone())
         return {"penalty": penalty, **said}
 
@@ -161,11 +150,11 @@ class HeadStart:
         return cross_validated(features[rows], targets[rows], self.task.loss, len(self.layer.weight), draws)
 
     @torch.no_grad()
-    def set(self, solution: Solution) -> None:
+    def set(self, weight: Tensor, bias: Tensor) -> None:
         """Give the last layer a solution."""
-        self.layer.weight.copy_(solution.weight)
+        self.layer.weight.copy_(weight)
         if self.layer.bias is not None:
-            self.layer.bias.copy_(solution.bias)
+            self.layer.bias.copy_(bias)
 
     def features(self, items: Sequence[EncodedRow], *, mean: bool = False, dropout: Draws | None = None) -> Tensor:
         """What the last layer reads for some items: (N, D) float32 on the CPU.
@@ -184,9 +173,9 @@ class HeadStart:
                 rows = [items[place].source for place in piece]
                 pooled = None
                 if mean:
-                    with evaluating(model, bare):
+                    with evaluation_mode(model, bare):
                         pooled = packed.pooled_states(model, rows, "mean")
-                own = drawing(model, dropout, piece) if dropout else evaluating(model, None)
+                own = drawing(model, dropout, piece) if dropout else evaluation_mode(model, None)
                 with torch.no_grad(), own:
                     packed.classify_logits(model, rows) if pooled is None else family.classify(
                         parts_of_head(model), pooled
@@ -209,7 +198,7 @@ class HeadStart:
         """Train the adapter to give the last layer `wanted` (N, D) for some items."""
         said = time.monotonic()
         train = self.recipe.train
-        teaching = Loss("mean of all tokens", functools.partial(distance, variance=wanted.var()))
+        teaching = Loss("mean of all tokens", functools.partial(relative_distance, variance=wanted.var()))
         schedule = Schedule(len(items), train.batch_size, steps, self.recipe.seed, max_steps=steps)
         handle = self.layer.register_forward_hook(lambda _, args, __: args[0].flatten(1))
         slot.model.train()
@@ -227,7 +216,7 @@ class HeadStart:
             handle.remove()
 
 
-def distance(read: Tensor, wanted: Tensor, variance: Tensor) -> Tensor:
+def relative_distance(read: Tensor, wanted: Tensor, variance: Tensor) -> Tensor:
     """The mean squared distance between what the last layer reads and what is wanted, divided by a variance."""
     return (read.float() - wanted).square().mean() / variance
 
@@ -310,7 +299,7 @@ def _known_rows(targets: Tensor, rows: Tensor, out: Tensor) -> Tensor:
     return out & torch.stack([torch.isin(each, each[rows]) for each in columns]).all(0)
 
 
-def solve(features: Tensor, targets: Tensor, loss: LossFunction, penalty: float, outputs: int) -> Solution:
+def solve(features: Tensor, targets: Tensor, loss: LossFunction, penalty: float, outputs: int) -> tuple[Tensor, Tensor]:
     """The linear map with the lowest penalised loss.
 
     min over W, b of  loss(z W^T + b, y) + penalty / 2 |W|^2,   z: each feature with mean 0 and variance 1
@@ -320,7 +309,7 @@ def solve(features: Tensor, targets: Tensor, loss: LossFunction, penalty: float,
         (features - middle) / scale, targets, loss, penalty, features.new_zeros(outputs, features.shape[1] + 1)
     )
     weight = row[:, :-1] / scale
-    return Solution(weight, row[:, -1] - weight @ middle)
+    return weight, row[:, -1] - weight @ middle
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:

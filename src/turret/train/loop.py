@@ -30,7 +30,7 @@ from turret.manifest import FlatLossSpec, Lineage
 from turret.methods.method import Defaults, usual_epochs
 from turret.process import StopRequest
 from turret.recipe import Recipe
-from turret.tasks import Task, measuring
+from turret.tasks import Task, task_measured_by
 from turret.tasks.shapes import Metrics, number_in, number_of
 from turret.tasks.tokens import tokenizer_digest
 from turret.train import checkpoint, distributed, memory
@@ -40,8 +40,8 @@ from turret.train.curve import StepRecord
 from turret.train.evaluation import evaluate
 from turret.train.initialize import defaults_of, recipe_step
 from turret.train.linear_start import head_start
+from turret.train.losses import LossScale
 from turret.train.slot import LocalSlot
-from turret.train.step import LossScale
 from turret.train.training_plan import Prediction
 from turret.transformer import Model
 
@@ -72,7 +72,7 @@ def fit(
     call with the same folder; only the main process evaluates and writes.
 
     Args:
-        recipe: with its defaults filled in, see `filled`.
+        recipe: with its defaults filled in, see `fill_recipe`.
         folder: of the checkpoint. A checkpoint in it is resumed. On a CPU the rest of the run is bit-equal to
             one that was not interrupted, on a GPU near it. None: nothing is written.
         predicted: the plan's memory prediction, for the error text when memory runs out.
@@ -96,7 +96,7 @@ def fit(
     train, here = run.recipe.train, run.slot.processes
     run.slot.predicted = predicted
     if base.digests is None:
-        process.release()  # return what loading the tokenizer and the weights freed to the system
+        process.release_memory()  # return what loading the tokenizer and the weights freed to the system
     try:
         with StopRequest() as stop, process.keep_freed():
             saved_at, pause = clock(), SAVE_SECONDS
@@ -265,7 +265,7 @@ class TrainingRun:
         self.resumed_from = 0
         self.originals = [*base.model.parameters(), *base.model.buffers()]  # before the adapter is attached
         self.unchanged = checksum(self.originals, base.digests.tensors if base.digests is not None else {})
-        self.total = quantized.count(base.model)
+        self.total = quantized.count_weights(base.model)
         self.slot = LocalSlot.of_recipe(recipe, base, task, start, here)
         try:
             here.require_same(**self._identity())
@@ -316,7 +316,7 @@ class TrainingRun:
         progress.evaluate_seconds += seconds
         if not self.splits.selects:
             return
-        if progress.best_metrics is None or merit(metrics) > merit(progress.best_metrics):
+        if progress.best_metrics is None or rank_of(metrics) > rank_of(progress.best_metrics):
             progress.best_step, progress.best_metrics, progress.stale = step, metrics, 0
             if train.keep == "best":
                 self.best_weights = self.slot.optimiser.weights.clone()
@@ -354,7 +354,7 @@ class TrainingRun:
             tokens=tokens,
             seconds=seconds,
             tokens_per_second=tokens / max(seconds, 1e-9),
-            rss=memory.resident(),
+            rss=memory.resident_bytes(),
             metrics=metrics,
             split=self.splits.watched_name if metrics is not None else None,
             guessing=None if self.flat_loss() is None else self.guessing,
@@ -532,10 +532,10 @@ class TrainingRun:
         return f"the state after step {step} is kept in {self.folder}" if step else "no checkpoint had been written yet"
 
 
-def merit(metrics: Metrics) -> tuple[float, float]:
+def rank_of(metrics: Metrics) -> tuple[float, float]:
     """The sort key of evaluations, larger is better: the task's own metric if it was measured, then a lower loss."""
     loss = number_of(metrics, "loss")
-    return number_in(metrics, measuring(metrics).metric) or 0.0, -loss if math.isfinite(loss) else -math.inf
+    return number_in(metrics, task_measured_by(metrics).metric) or 0.0, -loss if math.isfinite(loss) else -math.inf
 
 
 def checksum(tensors: Sequence[Tensor], known: Mapping[int, str] = MappingProxyType({})) -> str:

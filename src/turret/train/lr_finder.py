@@ -55,7 +55,7 @@ class Score:
         return all(map(math.isfinite, self.losses))
 
 
-def better(one: Score | None, other: Score | None) -> bool:
+def is_better(one: Score | None, other: Score | None) -> bool:
     """Whether the loss of `one` is lower by more than noise. A trial that diverged (None) is worse than any other.
 
     delta = sum d / sum w,   error^2 = n / (n - 1) sum (d - w delta)^2 / (sum w)^2      for d = other's loss - one's
@@ -82,8 +82,8 @@ def search(default: float, score: Callable[[float], Score | None]) -> tuple[floa
             scores[lr] = score(lr)
             if scores[lr] is None and scores[path[-1]] is None:
                 continue
-            if not better(scores[lr], scores[path[-1]]):
-                return path, not better(scores[path[-1]], scores[lr])
+            if not is_better(scores[lr], scores[path[-1]]):
+                return path, not is_better(scores[path[-1]], scores[lr])
             path.append(lr)
         return path, False
 
@@ -119,7 +119,7 @@ def find_rate(
     The result depends on recipe, data and base alone, so a run that was killed finds the same rate again.
 
     Args:
-        recipe: with its defaults filled in, see `filled`.
+        recipe: with its defaults filled in, see `fill_recipe`.
         start: the version that the adapter starts from.
         on_trial: called before each trial with its rate and its number of steps.
     """
@@ -184,7 +184,7 @@ class Trials:
         The rate rises and then stays. If it fell to zero, the last steps would hide the noise of a large rate.
         """
         before = self.before
-        self._reset()
+        self.slot.restart(self.start)
         train, warmup = self.recipe.train, max(1, round(WARMUP * self.steps))
         schedule = Schedule(len(self.items), train.batch_size, self.steps, self.recipe.seed, max_steps=self.steps)
         losses: list[float] = []
@@ -204,11 +204,8 @@ class Trials:
     @cached_property
     def before(self) -> float:
         """The loss of the held-out examples with the initial weights."""
-        self._reset()
-        return self._held_out().mean
-
-    def _reset(self) -> None:
         self.slot.restart(self.start)
+        return self._held_out().mean
 
     def _held_out(self) -> Score:
         return Score(*example_losses(self.slot.model, self.task, self.held, most_tokens=self.slot.most_tokens))

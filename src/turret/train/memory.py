@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from turret import adapters, process, quantized
 from turret.adapters import packed
 from turret.adapters.hooks import layer_paths
-from turret.bases.base import cast
+from turret.bases.base import cast_weights
 from turret.bases.device import CPU, gigabytes, gpu_memory
 from turret.bases.meta_model import CONTEXT
 from turret.bases.sharded import divided_layers
@@ -29,7 +29,7 @@ from turret.errors import OutOfMemory, memory_ran_out
 from turret.families import family_of
 from turret.families.family import VECTORS, head_of
 from turret.methods import Method
-from turret.ops.core import FunctionContext, Gradients, apply
+from turret.ops.core import FunctionContext, Gradients, apply_function
 from turret.ops.table import gpu_paths_on_meta
 from turret.recipe import Recipe
 from turret.train.adamw import moment_bytes
@@ -40,7 +40,7 @@ from turret.transformer import Model
 _CLEAR_REFS = Path("/proc/self/clear_refs")  # writing 5 resets the peak to the current resident size
 
 
-def resident(device: torch.device = CPU) -> int:
+def resident_bytes(device: torch.device = CPU) -> int:
     """Bytes of this process in physical memory now, or of its tensors on a GPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
@@ -92,9 +92,9 @@ class Grown:
 
 @contextmanager
 def measure_growth(device: torch.device = CPU) -> Iterator[Grown]:
-    """Measure the growth of `resident` within the block. The result is complete when the block ends."""
-    process.release()
-    result, before = Grown(), resident(device)
+    """Measure the growth of `resident_bytes` within the block. The result is complete when the block ends."""
+    process.release_memory()
+    result, before = Grown(), resident_bytes(device)
     reset_peak(device)
     was_reset = peak(device) < before + (16 << 20)  # else the peak is an earlier one
     yield result
@@ -236,7 +236,7 @@ def predict_on_gpu(
         checkpointed: whether each layer keeps its input alone and is computed again: `train.checkpoint_layers`.
         attention: whether the GPU has attention over rows in this dtype.
     """
-    cast(model, dtype)
+    cast_weights(model, dtype)
     weights, unpacked = _weights(model, nf4)
     with _Shapes():
         adapters.attach(model, method, generator=torch.Generator().manual_seed(0))
@@ -377,7 +377,7 @@ class _Shapes(TorchFunctionMode):
     ) -> Tensor | bool:
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return apply(_Fused, args[0], args[1], args[2], kwargs.get("attn_mask"))
+            return apply_function(_Fused, args[0], args[1], args[2], kwargs.get("attn_mask"))
         if func is Tensor.__bool__ and args[0].is_meta:
             return True
         return func(*args, **kwargs)

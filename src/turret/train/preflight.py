@@ -23,10 +23,10 @@ from turret.data import Dataset, Example, cells
 from turret.errors import memory_ran_out, one_line
 from turret.methods.method import MOST_EPOCHS, Check, Level, epochs_for
 from turret.recipe import Recipe, toml_text
-from turret.tasks import Task, compares
+from turret.tasks import Task, is_comparing
 from turret.train import memory
 from turret.train.adamw import moment_bytes, warmup_steps
-from turret.train.asking import Asking, twin
+from turret.train.asking import Asking, twin_base
 from turret.train.batches import (
     GENERATED_ROWS,
     EncodedRow,
@@ -41,7 +41,7 @@ from turret.train.batches import (
 from turret.train.evaluation import evaluate
 from turret.train.initialize import attach, defaults_of, extract_adapter, seeded_generators
 from turret.train.linear_start import head_start
-from turret.train.step import backward, loss_of
+from turret.train.losses import backward, loss_of
 from turret.train.training_plan import MOST_TRIALS, Plan, Prediction, TrialSize, size_of
 from turret.transformer import Model, Tokenizer
 
@@ -144,8 +144,8 @@ def measure(
     pieces = sorted((piece for batch in batches for piece in micro_batches(batch, most)), key=_tokens_of_batch)
     device, on_gpu = model.device, model.device.type != "cpu"
     clock = _synchronized_clock(clock, device) if on_gpu else clock
-    before = memory.resident(device) if before is None else before
-    bare = twin(base) if task.max_new_tokens else base
+    before = memory.resident_bytes(device) if before is None else before
+    bare = twin_base(base) if task.max_new_tokens else base
     with process.keep_freed(), seeded_generators(recipe.seed, device):
         attach(recipe, base, task, start)
         try:
@@ -160,7 +160,7 @@ def measure(
             before_steps = 0.0 if begins is None else begins.most_seconds(seconds, schedule.steps, clock)
             # From the state in which a training starts: libraries, a trimmed heap.
             with memory.measure_growth(device) as grown:
-                begun = memory.resident(device)
+                begun = memory.resident_bytes(device)
                 saved = _saved_by(model, task, pieces, 1 if seconds > LONG else SIZES)
                 _evaluate(model, task, items, {place for indices in sampled for place in indices}, most)
             texts = [item for batch in batches for item in batch][:GENERATED_ROWS]  # a step of fewer rows is faster
@@ -168,7 +168,7 @@ def measure(
         finally:
             adapters.detach(model)
             model.eval()
-    process.release()
+    process.release_memory()
     prediction = Prediction(
         weights=base.bytes,
         trainable=trainable,
@@ -493,7 +493,7 @@ def labels(task: Task, examples: Sequence[Example]) -> Iterator[Check]:
     if not seen or (len(seen) == 1 and not task.multi_label):
         yield Check("labels", "refuse", "all training examples are of one class", "take more examples")
         return
-    doubts = cells.doubts(counts)
+    doubts = cells.doubtful_labels(counts)
     if doubts:
         meant = toml_text(cells.suggest_renames(counts))
         yield Check(
@@ -589,7 +589,7 @@ def passes(base: Base) -> Iterator[Check]:
 
 def reference(recipe: Recipe, base: Base, task: Task, start: StoredAdapter | None) -> Iterator[Check]:
     """What a preference compares its answers with, and whether its first loss is ln 2."""
-    if not compares(task) or task.objective != "dpo":
+    if not is_comparing(task) or task.objective != "dpo":
         return
     given = base.reference
     if given is not None and given.adapter.base.fingerprint not in (None, base.fingerprint):
@@ -668,18 +668,18 @@ def plan(
     """Check a recipe against its base and data. The base is left as it was.
 
     Args:
-        recipe: with its defaults filled in, see `filled`.
+        recipe: with its defaults filled in, see `fill_recipe`.
         measured: run a few passes on the model for memory and time.
         start: the version that the adapter starts from.
         proof_seconds: time of the proof, which loads the base in a fresh process.
         device: where the base is, and why; for a row of the plan.
     """
-    before = memory.resident(base.model.device)
+    before = memory.resident_bytes(base.model.device)
     used = splits_of(recipe, dataset)
     schedule = Schedule.of(recipe, len(used.train))
     items = EncodedRows(task, used.train)
     sample = items.take(spread_indices(len(items), EXAMPLES_SAMPLED))
-    total = quantized.count(base.model)
+    total = quantized.count_weights(base.model)
     own = defaults_of(recipe.method, base, task.kind)
     lr = recipe.train.lr
     auto = None

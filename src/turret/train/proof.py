@@ -33,7 +33,7 @@ from turret.methods import Head
 from turret.process import environment
 from turret.tasks import Task
 from turret.train.batches import EncodedRows, spread_indices
-from turret.train.evaluation import evaluating
+from turret.train.evaluation import evaluation_mode
 from turret.transformer import Model
 
 ROWS = 4  # examples in a probe
@@ -89,7 +89,7 @@ def probe(model: Model, task: Task, examples: Sequence[Example], rows: int = ROW
     if task.pooling is not None:
         sources = [text.clone() for item in items for text in packed.texts_in((item.source, item.read))]
     targets = [item.target[:TARGET_TOKENS] for item in items if item.target is not None]
-    with evaluating(model, None):
+    with evaluation_mode(model, None):
         return Probe(sources, targets, answer(model, sources, targets, pooling=task.pooling))
 
 
@@ -284,8 +284,7 @@ def _idle(model: Model, adapter: Adapter, sources: list[Tensor], targets: list[T
 
 def _pooling(adapter: Adapter) -> Pooling | None:
     """Of an adapter whose outputs are vectors."""
-    found: Pooling | None = adapter.task.get("pooling")
-    return found
+    return adapter.task.get("pooling")
 
 
 def _slot_parameters(model: Model) -> dict[str, Tensor]:
@@ -294,8 +293,7 @@ def _slot_parameters(model: Model) -> dict[str, Tensor]:
     if attached.guest is not None:
         heads = {path: each.slots[slot] for path, each in attached.heads.items() if slot in each.slots}
         own = {f"{path}.{name}": each for path, part in heads.items() for name, each in part.named_parameters()}
-        found: dict[str, Tensor] = {**attached.guest.parameters, **own}
-        return found
+        return {**attached.guest.parameters, **own}
     parts: dict[str, nn.Module] = {f"prefix.{name}": each for name, each in attached.prefixes.items()}
     for routed in (attached.linears, attached.heads, attached.wholes):
         parts |= {path: each.slots[slot] for path, each in routed.items() if slot in each.slots}

@@ -20,7 +20,7 @@ from turret import adapters
 from turret.adapters import Adapter, StoredAdapter, drawing
 from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base
-from turret.bases.base import share
+from turret.bases.base import share_weights
 from turret.data import Dataset, Example, Input
 from turret.engine.core import Engine
 from turret.engine.protocol import Loss, OptimStep
@@ -35,23 +35,23 @@ from turret.ops.core import use_device
 from turret.ops.dropout import Draws
 from turret.recipe import Recipe, Train
 from turret.recipe import Task as TaskSettings
-from turret.tasks import Task, make_task, task_of
+from turret.tasks import Task, task_of
 from turret.tasks.shapes import Answer
 from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRow, encode, micro_batches, pass_tokens
 from turret.train.distributed import ALONE, Processes
-from turret.train.evaluation import evaluating
+from turret.train.evaluation import evaluation_mode
 from turret.train.initialize import attach, extract_adapter, fresh_modules, optimiser_of, seeded_generators
-from turret.train.memory import explain_out_of_memory
-from turret.train.step import (
+from turret.train.losses import (
     LossScale,
     backward,
     clip_and_step,
+    eval_mode,
     loss_of,
     loss_over_the_batch,
     passes_of,
-    still,
 )
+from turret.train.memory import explain_out_of_memory
 from turret.train.training_plan import Prediction
 from turret.transformer import Model
 
@@ -110,8 +110,7 @@ class LocalSlot:
 
     @property
     def model(self) -> Model:
-        model: Model = self.base.model
-        return model
+        return self.base.model
 
     @property
     def steps(self) -> int:
@@ -122,7 +121,7 @@ class LocalSlot:
 
     def forward(self, rows: Sequence[EncodedRow]) -> float:
         """The task's loss over some rows, without gradients and dropout."""
-        with evaluating(self.model, None):
+        with evaluation_mode(self.model, None):
             return float(loss_of(self.model, self.task, rows))
 
     def forward_backward(self, rows: Sequence[EncodedRow], loss: Loss | None = None) -> float:
@@ -226,7 +225,7 @@ class LocalSlot:
                 )
             add(loss_over_the_batch(model, task, pieces, draws, loss))
         else:
-            with still(model) if batch[0].rival is not None else nullcontext():
+            with eval_mode(model) if batch[0].rival is not None else nullcontext():
                 for piece in pieces:
                     with drawing(model, draws, [item.number for item in piece]):
                         add(loss_of(model, task, piece, loss) * (sum(item.weight for item in piece) / total))
@@ -297,14 +296,14 @@ class TrainingSlot:
             raise TrainingError(f"{base.id} is loaded to {base.head}: a slot for {kind} with {given} does not fit it")
         data = Dataset((), (), (), kind, tuple(labels), {}, (), 0, "")
         chosen_settings = TaskSettings.model_validate({"kind": kind, **(settings or {})})
-        self.task = make_task(chosen_settings, data, base.tokenizer, base.family.kind)
+        self.task = task.make(chosen_settings, data, base.tokenizer, base.family.kind)
         self._engine = engine
         self._copies: list[Named] = []  # the one that answers, unless it is stale
         most = most_tokens or pass_tokens(Train(), base.model.config)
         self._local = self._run(lambda: self._begin_slot(chosen, outputs, seed, most))
 
     def _begin_slot(self, method: Method, num_labels: int | None, seed: int, most_tokens: int) -> LocalSlot:
-        base = share(self._engine.base, num_labels=num_labels, seed=seed, headless=self._headless)
+        base = share_weights(self._engine.base, num_labels=num_labels, seed=seed, headless=self._headless)
         head = fresh_modules(base) if num_labels else ()
         adapters.attach(base.model, method, generator=torch.Generator().manual_seed(seed), head=head)
         trained = adapters.trainable_parameters(base.model)

@@ -46,12 +46,11 @@ class Prediction:
         return self.weights + self.above_base + self.runtime
 
     def to_json(self) -> dict[str, int]:
-        own = {name: int(getattr(self, name)) for name in self.__dataclass_fields__}
-        return {**own, "above_base": self.above_base, "total": self.total}
+        return {**vars(self), "above_base": self.above_base, "total": self.total}
 
     def __str__(self) -> str:
-        sizes = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in sizes.items() if size or name != "prepared")
+        sizes = vars(self).items()
+        parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in sizes if size or name != "prepared")
         return f"{gigabytes(self.total)} ({parts})"
 
 

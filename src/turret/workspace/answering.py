@@ -19,7 +19,7 @@ from turret.reference import Reference
 from turret.store import Store, Version, promises
 from turret.store.promises import Promise
 from turret.tasks import Task, stored_task, task_from_spec
-from turret.tasks.calibration import Calibration, require
+from turret.tasks.calibration import Calibration, require_calibration
 from turret.tasks.shapes import Answer
 from turret.train.asking import Asking
 from turret.workspace.progress import Say, silent
@@ -70,7 +70,7 @@ def require_coverage(version: Version, coverage: float) -> None:
     task, fitted = stored_task(spec), spec.get("calibration")
     if not task.ranks_labels:
         raise AdapterError(f"{version} gives no probability of labels: ask it without coverage")
-    require(None if fitted is None else Calibration.from_json(fitted), str(version)).threshold(coverage)
+    require_calibration(None if fitted is None else Calibration.from_json(fitted), str(version)).threshold(coverage)
 
 
 def ranked_labels(answer: Answer) -> list[tuple[str, float]]:

@@ -13,7 +13,7 @@ from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from turret.errors import plainly
+from turret.errors import printable
 from turret.json_types import Plain
 from turret.manifest import BaseSpec, Manifest, MethodSpec, base_in, lineage_in, method_in, task_in
 from turret.methods import Method, method_named
@@ -114,7 +114,7 @@ def _examples(values: Metrics) -> str:
 
 def _code(value: Plain) -> str:
     """Text from outside as a code span on one line, which no character of it can end."""
-    text = plainly(str(value)).replace("`", "'").replace("|", "/")
+    text = printable(str(value)).replace("`", "'").replace("|", "/")
     return f"`{text[:200].strip() or ' '}`"
 
 
@@ -122,7 +122,7 @@ def _code(value: Plain) -> str:
 def _load_template(name: str) -> Template:
     """A template of this package."""
     templates = Environment(loader=PackageLoader("turret.workspace", "."), undefined=StrictUndefined, trim_blocks=True)
-    templates.filters |= {"code": _code, "literal": ascii, "plainly": plainly}
+    templates.filters |= {"code": _code, "literal": ascii, "plainly": printable}
     templates.globals |= {"FOLDER": FOLDER, "CHAT": CHAT, "PLAIN_CHAT": PLAIN_CHAT, "SLOT": SLOT}
     return templates.get_template(name)
 

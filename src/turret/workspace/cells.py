@@ -28,7 +28,16 @@ from turret.compare.results import CellResult
 from turret.data import Dataset
 from turret.database import OPEN_STATES, Database
 from turret.disk import replace_text
-from turret.errors import Interrupted, InUse, QueueFull, RecipeError, StoreError, TrainingError, needs, one_line
+from turret.errors import (
+    Interrupted,
+    InUse,
+    QueueFull,
+    RecipeError,
+    StoreError,
+    TrainingError,
+    one_line,
+    require_package,
+)
 from turret.json_types import JsonObject, Plain
 from turret.location import Location
 from turret.process import STORE_PREFIXES, environment
@@ -585,7 +594,7 @@ class RayTasks(Workers):
     """
 
     def __init__(self, address: str, store: Store, task: type[Task], labels: Sequence[str]) -> None:
-        with needs(f"--on {address[:60]}", "Ray", "pip install 'turret[ray]'", RecipeError):
+        with require_package(f"--on {address[:60]}", "Ray", "pip install 'turret[ray]'", RecipeError):
             import ray
         if store.location.catalog is None:
             raise RecipeError(

@@ -68,7 +68,7 @@ class Failure:
     status: int | None = None  # its exit status; None: this process killed it
 
 
-def never() -> bool:
+def never_stopped() -> bool:
     """For children that nothing stops but their parent."""
     return False
 
@@ -100,7 +100,7 @@ def start_child(module: str, argument: str, errors: IO[str], store: Location) ->
     )
 
 
-def silence(seconds: float) -> Failure:
+def silence_failure(seconds: float) -> Failure:
     """Of a child that was killed because it was silent for so long."""
     return Failure(f"its process was silent for {_span(seconds)}, and was killed: look at its log")
 
@@ -200,7 +200,7 @@ def do_request(request: str, do: Callable[[WorkerRequest, Store, Job, Say], Ende
     print_to_parent({"run": taken.id, "status": done.status, "text": done.text})
 
 
-def attempt(
+def attempt_job(
     store: Store,
     taken: Job,
     do: Callable[[JobQueue], None],
@@ -219,7 +219,7 @@ def attempt(
         do(queue)
     except (Interrupted, KeyboardInterrupt):
         with suppress(StoreError):  # then the worker records it
-            queue.after(taken, None)
+            queue.end_try(taken, None)
         return Ended(Interrupted.exit_status)
     except LeaseLost as error:
         return Ended(error.exit_status, str(error))
@@ -230,12 +230,12 @@ def attempt(
         with suppress(StoreError):
             again = status != error.exit_status
             result = None if taken.kind == STUDY else kind  # a study keeps what it has found
-            queue.after(taken, str(error), again=again, outage=status == OUTAGE, result=result)
+            queue.end_try(taken, str(error), again=again, outage=status == OUTAGE, result=result)
         return Ended(status, str(error))
     except Exception as error:
         text = mistake_of_turret(error)
         with suppress(StoreError):
-            queue.after(taken, text)
+            queue.end_try(taken, text)
         return Ended(1, text)
     return Ended(0)
 

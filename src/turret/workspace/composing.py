@@ -216,7 +216,7 @@ def _measure(
     of_row = dict(zip(composed.rows, (adapter, *parts), strict=True))
     say(f"loading {adapter.base.id}")
     base = load_base(adapter, request.dtype, device=request.device)
-    total = quantized.count(base.model)
+    total = quantized.count_weights(base.model)
     _ = Asking(base, adapter, task_from_spec(adapter.task, base.tokenizer)).model  # refuses parts that do not compose
     for spec, path in missing:
         started, own = time.perf_counter(), of_row.get(spec)

@@ -24,7 +24,7 @@ from turret.process import Died, HelperProcess
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.store.jobs import Job
-from turret.workspace.child_process import MACHINE, OUTAGE, STOPPED, never, parents_store, status_of
+from turret.workspace.child_process import MACHINE, OUTAGE, STOPPED, never_stopped, parents_store, status_of
 from turret.workspace.queueing import bring_data
 from turret.workspace.reading import read_dataset
 
@@ -106,7 +106,7 @@ class DataReaders:
     def read_sent(self, tenant: str, recipe: Recipe, folder: Path) -> Path:
         """Read the data that a client sent into a folder. Returns the file for `load_dataset`, in the same folder."""
         asked: ReadQuestion = {"tenant": tenant, "recipe": recipe.to_toml(), "folder": str(folder), "sent": True}
-        self._ask(asked, never)
+        self._ask(asked, never_stopped)
         return folder / READ
 
     def inspect(self, source: str, folder: Path, settings: Mapping[str, str]) -> JsonObject:
@@ -118,7 +118,7 @@ class DataReaders:
         return self._look({"source": source, "folder": str(folder), "settings": {}, "rows": most})
 
     def _look(self, asked: LookQuestion) -> JsonObject:
-        return dict(self._ask(asked, never)["found"])
+        return dict(self._ask(asked, never_stopped)["found"])
 
     def close(self) -> None:
         """End the processes that wait."""

@@ -15,7 +15,7 @@ from turret.data.dataset import ROLES as SPLITS
 from turret.data.dataset import Sources, SplitRole, find_sources
 from turret.data.source import open_labelled
 from turret.data.table import CellValue, DataSettings, Size, Table, format_of
-from turret.errors import BaseModelError, DataError, NoHeader, SeveralLabels, counted, listed, one_line
+from turret.errors import BaseModelError, DataError, NoHeader, SeveralLabels, count_of, one_line, quote_all
 from turret.json_types import JsonObject, Plain, mapping_of
 from turret.recipe import Recipe, default_base, toml_text
 from turret.tasks import schemas, task_of
@@ -72,7 +72,7 @@ def inspect(source: str, settings: Mapping[str, str] | None = None) -> Inspectio
         return _inspection(opened, opened)
     except SeveralLabels as error:
         first, *others = error.columns
-        fit = f"{listed(others, 80)} fit{'s' if len(others) == 1 else ''} as well as {first!r}: choose the label"
+        fit = f"{quote_all(others, 80)} fit{'s' if len(others) == 1 else ''} as well as {first!r}: choose the label"
         return _inspection(opened, opened.with_label(first), [fit])
     except DataError as error:
         return Inspection(None, None, [], _sample(opened), None, str(error))
@@ -196,13 +196,13 @@ def _write_data(text: _Lines, table: Table, recipe: Recipe, seen: Profile, asked
         if seen.separator:
             text.set("separator", seen.separator, "between the labels of a cell")
         if meant := cells.suggest_renames(seen.classes):
-            doubts = "; ".join(cells.doubts(seen.classes))
+            doubts = "; ".join(cells.doubtful_labels(seen.classes))
             text.option("rename", meant, False, one_line(f'{doubts}; "" leaves rows out', 160))
         text.option("normalize_labels", True, seen.alike, "labels that differ in case or blanks only are one class")
         if "group" not in asked:
             text.option("stratify", True, True, "every split has the same shares of the classes")
     text.option(
-        "drop_duplicates", True, seen.repeated > 0, f"{counted(seen.repeated, 'row', 'equal')} to an earlier one"
+        "drop_duplicates", True, seen.repeated > 0, f"{count_of(seen.repeated, 'row', 'equal')} to an earlier one"
     )
     for column in seen.groups[:1]:
         text.option("group", column, False, "rows with the same value stay in one split (instead of stratify)")
@@ -329,7 +329,7 @@ def _notes(seen: Profile) -> list[str]:
     if seen.candidates:
         others = ", ".join(each.describe_classes() for each in seen.candidates[:3])
         notes.append(f"other columns that may be the label: {others}; data.label (--label) names one")
-    if doubts := cells.doubts(seen.classes):
+    if doubts := cells.doubtful_labels(seen.classes):
         notes.append(f"classes in doubt: {'; '.join(doubts[:4])}; data.rename in the recipe says what is meant")
     return notes
 

@@ -23,7 +23,7 @@ from turret.compare.results import (
 from turret.data import Example, Input, Labelled, TextPair
 from turret.data.columns import RoleColumns
 from turret.data.table_writer import TableWriter
-from turret.errors import DataError, counted
+from turret.errors import DataError, count_of
 from turret.json_types import JsonObject
 from turret.statistics import Floats, sign_flips, sign_test
 from turret.store import Golden, Panel, Store, Version, golden, promises
@@ -216,7 +216,7 @@ def _ask(
         own = [each.right for each in read.questions if str(each.version) == str(version)]
         rows.append([row for row in range(len(read.texts)) if any(right[row] is not None for right in own)])
         tasks.append(task_from_spec(adapter.task, base.tokenizer))
-    say(f"asking {counted(len(versions), 'adapter')} about {counted(len(read.texts), 'text')}")
+    say(f"asking {count_of(len(versions), 'adapter')} about {count_of(len(read.texts), 'text')}")
     encoded = [
         EncodedRows(task, [Labelled(read.texts[row], ()) for row in own]).windows()
         for task, own in zip(tasks, rows, strict=True)

@@ -122,9 +122,9 @@ def ending(experiment: Experiment, verdict: Mapping[str, Plain]) -> Callable[[Co
 def _record_alarm(store: Store, analysis: Analysis) -> str | None:
     """Record once that the evidence is void. It stays void, whatever later outcomes show."""
     from turret.experiments.analyze import VOID
-    from turret.experiments.status_text import void
+    from turret.experiments.status_text import why_void
 
-    why = void(analysis)
+    why = why_void(analysis)
     try:
         with store.database().writing() as connection:
             current = rows.still_running(connection, analysis.experiment)
@@ -195,7 +195,7 @@ class ExperimentStatus:
         return status_text.advice(self.analysis)
 
     def as_json(self) -> JsonObject:
-        from turret.experiments.status_text import void
+        from turret.experiments.status_text import why_void
         from turret.experiments.validity import NEEDED
 
         analysis, decision = self.analysis, self.analysis.decision
@@ -204,7 +204,7 @@ class ExperimentStatus:
             "alias_names": self.points,
             "arms": [each.as_json() for each in analysis.arms],
             "sample_ratio": {"ok": not analysis.void, **analysis.checks, "needed": NEEDED},
-            "void": void(analysis) if analysis.void else None,
+            "void": why_void(analysis) if analysis.void else None,
             "verdicts": list(self.verdicts),
             "decision": {"action": decision.action, "arm": decision.arm, "why": decision.why},
             "done": list(self.done),

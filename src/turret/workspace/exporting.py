@@ -31,12 +31,12 @@ from torch import Tensor
 from turret import adapters, bases, bundles
 from turret.adapters import Adapter, lifecycle, packed
 from turret.bases import Base
-from turret.bases.source import TOKENIZER, licence_of, quiet
+from turret.bases.source import TOKENIZER, licence_of, quiet_transformers
 from turret.bundles import gguf_lora
 from turret.bundles.bundle import FILES, read_config
 from turret.bundles.fetch import PATIENCE, bounded_requests, check_id, plain_errors
 from turret.disk import describe_error, errno_of, exclusive_lock, permissions, sync
-from turret.errors import AdapterError, BaseModelError, HubError, StoreError, listed
+from turret.errors import AdapterError, BaseModelError, HubError, StoreError, quote_all
 from turret.manifest import BaseSpec
 from turret.methods import method_named
 from turret.process import StopRequest
@@ -196,7 +196,7 @@ def _write_merged(adapter: Adapter, version: Version, folder: Path, say: Say) ->
     if model is not base.model:
         body = f"{base.model.base_model_prefix}."
         state = {name.removeprefix(body): value for name, value in state.items() if name.startswith(body)}
-    with quiet():
+    with quiet_transformers():
         _set_config(model, stored_task(adapter.task).head_config(adapter.task))
         model.save_pretrained(folder, state_dict=state)
         with _tokenizer_errors(folder):
@@ -204,7 +204,7 @@ def _write_merged(adapter: Adapter, version: Version, folder: Path, say: Say) ->
     model_class, precision = type(model), base.dtype
     del base, model, state
     say("reading it back")
-    with quiet():
+    with quiet_transformers():
         again = model_class.from_pretrained(folder, dtype=precision, local_files_only=True, use_safetensors=True).eval()
     error = float((_outputs(again, rows) - expected).abs().max()) / float(expected.abs().max())
     if not error <= TOLERANCE[precision]:
@@ -281,7 +281,7 @@ def _probe_rows(adapter: Adapter, base: Base) -> Rows:
     items = probe_items(task_from_spec(adapter.task, base.tokenizer))
     rows: Rows = []
     for item in items:
-        ids, settings = packed.tokens(base.model, [item.source])
+        ids, settings = packed.token_arguments(base.model, [item.source])
         if item.target is not None and base.family.is_encoder_decoder:
             settings["labels"] = item.target[None]
         elif item.target is not None:
@@ -294,7 +294,7 @@ def _probe_rows(adapter: Adapter, base: Base) -> Rows:
 def _outputs(model: Model, rows: Rows) -> Tensor:
     """All logits, or hidden states of a model without a head, in one float32 vector."""
     model.eval()
-    with quiet():
+    with quiet_transformers():
         found = [model(**row) for row in rows]
     every = [each.logits if "logits" in each else each.last_hidden_state for each in found]
     return torch.cat([each.float().reshape(-1) for each in every])
@@ -509,6 +509,6 @@ def _refuse_foreign(hub_id: str, there: Collection[str], tags: Collection[str]) 
     foreign = sorted(set(there) - OF_GIT)
     if foreign and TAG not in tags:
         raise HubError(
-            f"{hub_id} holds {listed(foreign, 60)}, which turret did not write: choose another name, or give --force, "
-            "which replaces files of the same names"
+            f"{hub_id} holds {quote_all(foreign, 60)}, which turret did not write: choose another name, or give "
+            "--force, which replaces files of the same names"
         )

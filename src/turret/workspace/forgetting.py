@@ -27,7 +27,7 @@ from turret.store import Store, Version
 from turret.tasks import stored_task, task_from_spec
 from turret.tasks.shapes import Metrics, MetricValue
 from turret.train.batches import EncodedRows, spread_indices
-from turret.train.evaluation import evaluating, example_losses
+from turret.train.evaluation import evaluation_mode, example_losses
 from turret.transformer import Model, Tokenizer
 from turret.workspace.progress import Say, silent
 from turret.workspace.reading import read_dataset
@@ -121,7 +121,7 @@ def on_neutral_texts(model: Model, tokenizer: Tokenizer) -> Increase:
     losses: list[Losses] = []
     for slot in (adapters.ATTACHED, adapters.BARE):
         sums = []
-        with evaluating(model, slot):
+        with evaluation_mode(model, slot):
             for source, target in zip(sources, targets, strict=True):
                 sums.append(_summed_loss(packed.target_states(model, [source], [target]), target, model))
         losses.append((sums, [len(target) for target in targets]))
@@ -148,7 +148,7 @@ def on_other_tasks(
 ) -> Metrics:
     """The metrics with those of the other tasks of the store as well. model: with the version's adapter attached."""
     found, skipped = dict[str, Increase](), dict[str, str]()
-    for other in others(store, version):
+    for other in other_generators(store, version):
         say(f"measuring forgetting on {other}")
         try:
             found[str(other)] = _on_task(store, other, model, tokenizer)
@@ -157,7 +157,7 @@ def on_other_tasks(
     return metrics_of(neutral, found, skipped)
 
 
-def others(store: Store, version: Version) -> list[Version]:
+def other_generators(store: Store, version: Version) -> list[Version]:
     """The version in use of every other name that generates on the same base, at most `MOST_TASKS`.
 
     Those with an alias come first, then the newest.

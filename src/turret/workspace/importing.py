@@ -34,7 +34,7 @@ from turret.store import Store, Version, scratch
 from turret.tasks import TASKS, Task, make_task, task_from_spec, task_of
 from turret.tasks.embedding import HEADLESS
 from turret.tasks.shapes import TaskSpec
-from turret.tasks.task import kinds
+from turret.tasks.task import task_kinds
 from turret.train.batches import EncodedRow, EncodedRows
 from turret.train.proof import AdapterEffect, effect_of
 from turret.workspace.progress import Say, silent
@@ -173,9 +173,9 @@ def _kind(adapter: Adapter, config: AdapterConfig, request: ImportRequest) -> st
     stated = adapter.task.get("kind") or request.task or TASK_TYPES.get(str(config.get("task_type")))
     kind = stated or ("classify" if adapter.head else None)
     if kind is None:
-        raise AdapterError(f"nothing states the adapter's task: give --task {kinds()}")
+        raise AdapterError(f"nothing states the adapter's task: give --task {task_kinds()}")
     if kind not in TASKS:
-        raise AdapterError(f"its task {ascii(kind)[:40]} is not known: expected {kinds()}")
+        raise AdapterError(f"its task {ascii(kind)[:40]} is not known: expected {task_kinds()}")
     return str(kind)
 
 

@@ -23,7 +23,7 @@ from turret import adapters, bases
 from turret.access import Access
 from turret.adapters import packed
 from turret.amounts import span
-from turret.bases.base import share
+from turret.bases.base import share_weights
 from turret.compare.design import UNTRAINED
 from turret.data import Dataset
 from turret.database import CELL, TRAINING
@@ -45,7 +45,7 @@ from turret.workspace.child_process import (
     Ended,
     Failure,
     WorkerRequest,
-    attempt,
+    attempt_job,
     do_request,
 )
 from turret.workspace.data_readers import DataReaders
@@ -117,7 +117,7 @@ def carry_out(store: Store, taken: Job, bases: Sequence[str], trial: Trial) -> E
     def short(error: TurretError) -> bool:
         return taken.kind == CELL and trial.place.stays and isinstance(error, PreflightRefused | OutOfMemory)
 
-    return attempt(store, taken, do, short)
+    return attempt_job(store, taken, do, short)
 
 
 def callbacks_for(say: Say, sign: Callable[[StepRecord | None], None]) -> training.Callbacks:
@@ -341,7 +341,7 @@ def _most_tokens(engine: Engine, seconds: float) -> int:
     ids = torch.arange(TIMED_TOKENS) % 100 + 5
 
     def once() -> float:
-        model = share(engine.base).model
+        model = share_weights(engine.base).model
         adapters.attach(model, LoRA(r=8))
         try:
             times = []

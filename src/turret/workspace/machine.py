@@ -156,7 +156,7 @@ def describe_base(base: str) -> BaseFacts:
         "listed": not family.guessed,
         "kind": family.kind,
         "tasks": list(kinds(family)),
-        "parameters": quantized.count(loaded.model),
+        "parameters": quantized.count_weights(loaded.model),
         "bytes": loaded.bytes,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "fingerprint": loaded.fingerprint,

@@ -34,7 +34,7 @@ from turret.tasks.shapes import Metrics, number_in, number_of
 from turret.timestamp import timestamp
 from turret.train.asking import MOST_TOKENS, Asking
 from turret.train.batches import EncodedRows, by_length
-from turret.train.evaluation import evaluating
+from turret.train.evaluation import evaluation_mode
 from turret.train.initialize import attach, extract_adapter
 from turret.transformer import Model
 from turret.workspace import answering
@@ -103,7 +103,7 @@ def of_no_version(ready: PreparedTraining) -> JsonObject:
     return {
         "version": None,
         "base": {"id": ready.base.id, "fingerprint": ready.base.fingerprint},
-        "parameters": {"trainable": 0, "stored": 0, "total": quantized.count(ready.base.model)},
+        "parameters": {"trainable": 0, "stored": 0, "total": quantized.count_weights(ready.base.model)},
         "bundle_bytes": 0,
         "notes": ready.notes,
     }
@@ -155,7 +155,7 @@ def linear(ready: PreparedTraining, say: Say) -> JsonObject:
         of_no_version(ready)
         | result
         | {
-            "parameters": {"trainable": count, "stored": count, "total": quantized.count(ready.base.model)},
+            "parameters": {"trainable": count, "stored": count, "total": quantized.count_weights(ready.base.model)},
             "timing": {"train_seconds": seconds},
             "latency": _time_answers(test[:TIMED_LABELS], lambda example: logits([example])),
             "said": f"linear is scikit-learn's {name} regression on the mean of the frozen base's last hidden states; "
@@ -170,20 +170,19 @@ def _features(ready: PreparedTraining, examples: Sequence[Example]) -> Floats:
     model, items = ready.base.model, EncodedRows(ready.task, examples)
     places: list[int] = []
     parts = []
-    with evaluating(model, adapters.BARE):
+    with evaluation_mode(model, adapters.BARE):
         for piece in by_length(items.lengths(), MOST_TOKENS):
             rows = [item.source for item in items.take(piece)]
             parts.append(packed.pooled_states(model, rows, "mean").double().cpu())
             places += piece
-    found: Floats = torch.cat(parts)[torch.tensor(places).argsort()].numpy()
-    return found
+    return torch.cat(parts)[torch.tensor(places).argsort()].numpy()
 
 
 def _regression(z: Floats, targets: Floats, by_class: Sequence[float], strength: float) -> Callable[[Floats], Floats]:
     """The function from standardised features (N, D) to logits (N, C) that scikit-learn fits.
 
     Args:
-        targets: class numbers (N,), ones and zeros (N, C): then one regression for each, or numbers (N,) float32: C = 1.
+        targets: class numbers (N,), numbers (N,) float32, or ones and zeros (N, C): then one regression for each.
         by_class: the weight of each class in the loss: (C,).
         strength: of the fit, C: the inverse of the regularisation.
     """

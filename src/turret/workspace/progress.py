@@ -151,5 +151,4 @@ class Progress:
 
     def as_json(self) -> StudyResult:
         found: JsonValue = asdict(self)
-        result: StudyResult = found
-        return result
+        return found

@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 
 from turret.data import Dataset, Example, Input, TextPair
 from turret.data.memory import short_source
-from turret.errors import AdapterError, Corrupt, DataError, NotFound, TurretError, counted
+from turret.errors import AdapterError, Corrupt, DataError, NotFound, TurretError, count_of
 from turret.experiments.experiment import MISSING_BOUND, OUTCOME_TTL, check_missing, check_ttl
 from turret.experiments.outcomes import Recorded
 from turret.json_types import AsJson, JsonMapping, JsonObject, Plain
@@ -185,7 +185,7 @@ def make(store: Store, reference: str, request: PromiseRequest, say: Say) -> Pro
     from turret.workspace import answering  # loads torch
 
     with answering.mount_version(store, str(version), say, request.device) as ready:
-        say(f"answering {counted(len(held.examples), 'held-out example')}")
+        say(f"answering {count_of(len(held.examples), 'held-out example')}")
         found = ready.asking.answers([each.asked for each in held.examples])
         terms, sureness = choose_terms(bound, held, ready.task, found, request, str(version))
         inputs, notes = _embed_examples(ready.asking, held, say)
@@ -218,12 +218,12 @@ def choose_terms(
     """What a promise says, and what can be drawn of the answers. Raises DataError if no threshold passes."""
     import numpy as np
 
-    from turret.experiments.risk_control import choose
+    from turret.experiments.risk_control import choose_threshold
 
     decisions = [decision for answer in answers if (decision := task.decision(answer)) is not None]
     given, right = [label for label, _ in decisions], [str(each.output) for each in held.examples]
     probability = [each for _, each in decisions]
-    found = choose(bound, given, right, np.array(probability))
+    found = choose_threshold(bound, given, right, np.array(probability))
     if found.threshold is None:
         raise DataError(refusal(bound, found, version))
     terms = Terms(
@@ -291,15 +291,17 @@ def _embed_examples(asking: Asking, held: HeldOut, say: Say) -> tuple[list[bytes
 
     texts = list(dict.fromkeys(filter(None, (embedded_text(each.asked) for each in held.examples))))
     order = np.random.default_rng(0).permutation(len(texts))[: input_drift.MOST_REFERENCES]
-    say(f"embedding {counted(len(order), 'held-out example')}")
+    say(f"embedding {count_of(len(order), 'held-out example')}")
     try:
         vectors = asking.text_embeddings([texts[place] for place in order], input_drift.MOST_TOKENS).numpy()
-        kept = input_drift.pack_vectors(input_drift.distinct(vectors.astype(np.float64)))
+        kept = input_drift.pack_vectors(input_drift.distinct_vectors(vectors.astype(np.float64)))
     except (TurretError, ValueError) as error:
         return [], [f"input drift is not watched: {error}"]
     if len(kept) < input_drift.FEWEST_REFERENCES:
         fewest = input_drift.FEWEST_REFERENCES
-        return [], [f"input drift is not watched: {counted(len(kept), 'different text')} held out, {fewest} are needed"]
+        return [], [
+            f"input drift is not watched: {count_of(len(kept), 'different text')} held out, {fewest} are needed"
+        ]
     return kept, []
 
 
@@ -359,7 +361,7 @@ def _unseen(examples: Sequence[Example], used: Collection[str], source: str, spl
     if not fresh:
         raise DataError(f"{source[:80]} has no example that training did not use: give other labelled examples")
     if len(fresh) < len(examples):
-        left_out = f"{counted(len(examples) - len(fresh), 'example')} left out, because training used the same texts"
+        left_out = f"{count_of(len(examples) - len(fresh), 'example')} left out, because training used the same texts"
         notes = (*notes, left_out)
     return HeldOut(fresh, source, split, notes)
 
@@ -426,17 +428,17 @@ def record(store: Store, told: Iterable[tuple[str, Plain]]) -> list[Recorded]:
 
 
 def _status(store: Store, promise: Promise, version: str, memories: dict[int, PromiseMemory]) -> PromiseStatus:
-    from turret.experiments.risk_control import Watch, standing
+    from turret.experiments.risk_control import Watch, promise_state
 
     memory = memories.setdefault(promise.id, PromiseMemory(Watch(bound_of(promise), promise.missing_bound)))
     with store.database().reading() as connection:
         new = promises.list_outcomes(connection, promise, memory.last)
         counts = promises.counts(connection, promise)
         answers, decided = promises.count_decided(connection, promise)
-        breaks = promises.breaks(connection, promise)
+        breaks = promises.count_broken(connection, promise)
         inputs = _inputs(connection, promise, memory)
     memory.watch, memory.last = memory.watch.after(wrong_of(new)), new[-1].id if new else memory.last
-    found = standing(
+    found = promise_state(
         memory.watch,
         silent=counts.silent / max(counts.answers, 1),
         missing=counts.missing / max(counts.due, 1),
@@ -478,7 +480,7 @@ def _input_standing(connection: Connection, promise: Promise, memory: PromiseMem
         seen.test.see(input_drift.unpack_vectors([row for _, row in new], watch.size))
         seen.rows, seen.last = seen.rows + len(new), new[-1][0]
     texts = watch.earlier + seen.test.pairs
-    why = f"like the held-out ones so far, {counted(texts, 'text')} seen"
+    why = f"like the held-out ones so far, {count_of(texts, 'text')} seen"
     return InputStanding("alike so far", why, texts, watch.round, seen.test.peak, needed)
 
 
@@ -537,7 +539,7 @@ def _record_drift(store: Store, found: PromiseStatus, memories: Mapping[int, Pro
         return found
     why = (
         f"the texts that {found.version} gets are unlike the examples that its promise was chosen on: e-value "
-        f"{inputs.evidence:.3g} after {counted(inputs.texts, 'text')}, and {inputs.needed:.3g} warns"
+        f"{inputs.evidence:.3g} after {count_of(inputs.texts, 'text')}, and {inputs.needed:.3g} warns"
     )
     said = {"why": why, "did": NOTHING_BUT_ALARM, "promise": sentence(found.promise)}
     with store.database().writing() as connection:
@@ -554,14 +556,14 @@ def _stricter(
     """A promise with a stricter threshold, from the outcomes since the old one probably broke."""
     import numpy as np
 
-    from turret.experiments.risk_control import choose
+    from turret.experiments.risk_control import choose_threshold
 
     if promise.when_broken != STRICTER:
         return None
     recent = told[memory.watch.since :]
     given, right = [each.label for each in recent], [each.right_label or "" for each in recent]
     probability = [each.probability for each in recent]
-    found = choose(bound_of(promise), given, right, np.array(probability))
+    found = choose_threshold(bound_of(promise), given, right, np.array(probability))
     threshold = NEVER if found.threshold is None else max(found.threshold, promise.threshold)
     terms = {each.name: getattr(promise, each.name) for each in fields(Terms)}
     made = Terms(
@@ -582,8 +584,8 @@ def _stricter(
 
 def _says(stricter: Terms) -> str:
     if stricter.threshold >= NEVER:
-        return f"its {counted(stricter.examples, 'outcome')} carry no threshold, so every answer goes to a person now"
-    return f"its threshold is {stricter.threshold:.4g} now, chosen from {counted(stricter.examples, 'outcome')}"
+        return f"its {count_of(stricter.examples, 'outcome')} carry no threshold, so every answer goes to a person now"
+    return f"its threshold is {stricter.threshold:.4g} now, chosen from {count_of(stricter.examples, 'outcome')}"
 
 
 def _rolled_back(store: Store, promise: Promise) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, SupportsFloat
 from turret.data import cells
 from turret.data.source import open_table
 from turret.data.table import CellValue, Table
-from turret.errors import DataError, GateFailed, ReplayNeeded, shown
+from turret.errors import DataError, GateFailed, ReplayNeeded, quote
 from turret.store import Gate, Move, Store, Version
 from turret.store.catalog import now
 from turret.store.core import Also
@@ -32,9 +32,9 @@ from turret.store.golden import (
     GoldenFailure,
     GoldenReplay,
     GoldenSet,
-    misfit,
     name_of,
-    shortly,
+    quote_value,
+    why_unfit,
 )
 from turret.tasks import Prediction, stored_task
 from turret.tasks.shapes import Answer
@@ -110,7 +110,7 @@ class _Replayer:
         """
         for digest in digests:
             golden_set = self._store.examples(digest)
-            if only_fitting and misfit(self._version, golden_set):
+            if only_fitting and why_unfit(self._version, golden_set):
                 continue
             self._say(f"asking {len(golden_set.examples)} golden examples ({name_of(digest)})")
             answers = self._ask(str(self._version), [example.text for example in golden_set.examples])
@@ -138,7 +138,7 @@ class _Replayer:
         on_tasks = any(gate.metric.startswith(("tasks", "against")) for gate in gates)
         if "neutral" in measured and not on_tasks:
             return
-        if on_tasks and forgetting.is_current(measured, forgetting.others(self._store, version)):
+        if on_tasks and forgetting.is_current(measured, forgetting.other_generators(self._store, version)):
             return
         if self._served:
             raise GateFailed(
@@ -196,7 +196,7 @@ def read_examples(path: str | Path) -> GoldenSet:
     path = Path(os.path.expanduser(path))
     if not os.path.isfile(path):  # Path.is_file raises for some names
         raise DataError(
-            f"there is no file {shown(str(path), 100)}: give a table of golden examples, such as golden.csv"
+            f"there is no file {quote(str(path), 100)}: give a table of golden examples, such as golden.csv"
         )
     table = open_table(path)
     text, checks = _columns(table)
@@ -276,7 +276,7 @@ def _score(cell: CellValue) -> float | None:
     except ValueError:
         score = math.nan
     if isinstance(cell, bool) or not 0 < score <= 1:
-        raise DataError(f"{SCORE} {shortly(cell)}: expected a number above 0 and at most 1")
+        raise DataError(f"{SCORE} {quote_value(cell)}: expected a number above 0 and at most 1")
     return score
 
 
@@ -287,5 +287,5 @@ def _refuse_contradictions(table: Table, examples: list[Example]) -> None:
         if example.check in ("label", "equals") and seen.setdefault((example.text, example.check), example.wanted) != (
             example.wanted
         ):
-            both = f"{shortly(seen[example.text, example.check])} and {shortly(example.wanted)}"
-            raise DataError(f"{table.name} requires {both} for {shortly(example.text)}: no version can answer both")
+            both = f"{quote_value(seen[example.text, example.check])} and {quote_value(example.wanted)}"
+            raise DataError(f"{table.name} requires {both} for {quote_value(example.text)}: no version can answer both")

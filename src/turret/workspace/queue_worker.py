@@ -50,8 +50,8 @@ from turret.workspace.child_process import (
     StopLine,
     WorkerRequest,
     failure_of,
-    never,
-    silence,
+    never_stopped,
+    silence_failure,
     start_child,
     status_of,
     why_alone,
@@ -187,10 +187,10 @@ class Worker:
         """Do the next job. Returns its state then; None if nothing is due."""
         if (taken := self._queue.take()) is None:
             return None
-        self._run_here(taken, self._say, never)
+        self._run_here(taken, self._say, never_stopped)
         return str(self._queue.states([taken.id])[taken.id]["state"])
 
-    def run_one(self, id: str, say: Say, stop: Callable[[], bool] = never) -> bool:
+    def run_one(self, id: str, say: Say, stop: Callable[[], bool] = never_stopped) -> bool:
         """Do one job, if it is due and nobody has it. It ends, or waits for another try. Returns whether it was done.
 
         Args:
@@ -222,8 +222,8 @@ class Worker:
         try:
             if self._outages:  # owners of leases that have ended in the outage renew them first
                 self._store.last_move()
-                self._stopping.wait(leases.length() / 2)
-            accepts = self._accepts if kinds == WORK else anything
+                self._stopping.wait(leases.lease_seconds() / 2)
+            accepts = self._accepts if kinds == WORK else accept_any
             taken, self._outages = self._queue.take(accepts, self._mine, kinds), 0
         except BadLocation:
             raise
@@ -241,7 +241,7 @@ class Worker:
         """Whether a job may begin now. One that needs its base for itself waits until nothing else runs here."""
         return not self._tries or (not entry.died_beside and can_share(entry.recipe, entry.spec))
 
-    def _begin(self, taken: Job, say: Say | None = None, stop: Callable[[], bool] = never) -> _Try:
+    def _begin(self, taken: Job, say: Say | None = None, stop: Callable[[], bool] = never_stopped) -> _Try:
         """Begin a try. say: called with its lines; None: the worker says them, and that the try begins."""
         self.count += 1
         tell = silent if say is not None else self._say
@@ -281,7 +281,7 @@ class Worker:
             raise Interrupted(STOPPED)
 
 
-def anything(_: Entry) -> bool:
+def accept_any(_: Entry) -> bool:
     """Whether a study may begin beside what runs."""
     return True
 
@@ -425,7 +425,7 @@ class WorkerProcess:
             if late and (self._stopping.is_set() or len(self._hosted) == 1):  # else others would be killed too
                 kill_child(hosted.child.process)
             elif now - hosted.heard > self._limits.silent_seconds:
-                hosted.child.problem = silence(self._limits.silent_seconds)
+                hosted.child.problem = silence_failure(self._limits.silent_seconds)
                 kill_child(hosted.child.process)
         return told is not None
 
@@ -623,7 +623,7 @@ class _Try:
         hours = most / 3600
         line = f"it took more than {hours:g} hours, the limit of its worker (--most-hours): train for fewer steps"
         try:
-            self._queue.after(self._taken, line, again=False)
+            self._queue.end_try(self._taken, line, again=False)
         except LeaseLost:
             pass
         except StoreError:
@@ -644,7 +644,7 @@ class _Try:
             if self.again_alone:
                 self._queue.return_alone(taken, text)
                 return "waiting for a process of its own"
-            state = self._queue.after(taken, text, outage=outage)
+            state = self._queue.end_try(taken, text, outage=outage)
         except LeaseLost:
             return "taken over by another worker, or ended"
         return state or str(self._queue.states([taken.id])[taken.id]["state"])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from turret.data import Dataset, Example, Input, Labelled, Prompt, Schema, TextPair, memory
 from turret.data.columns import LABELLED, RoleColumns
 from turret.data.table import BETWEEN, ROLES, answer_to, find_column, list_columns, require_columns
-from turret.errors import AdapterError, DataError, RecipeError, TurretError, counted, listed, one_line, shown
+from turret.errors import AdapterError, DataError, RecipeError, TurretError, count_of, one_line, quote, quote_all
 from turret.json_types import JsonValue, Plain
 from turret.recipe import AUTO, Data, Recipe, default_base, read_toml
 from turret.store import Panel, Question, Store, Version
@@ -67,7 +67,7 @@ def inputs_in(texts: Texts) -> list[Input]:
     for place, each in enumerate(found, 1):
         if not isinstance(each, (str, TextPair, Prompt)):
             raise DataError(
-                f"text {place} of {len(found)}: expected a text, given {shown(each)}: drop it, or make it a text"
+                f"text {place} of {len(found)}: expected a text, given {quote(each)}: drop it, or make it a text"
             )
     if not found:
         raise DataError("nothing to answer: give a text, or a file with at least one line")
@@ -145,7 +145,7 @@ def trained_on_note(store: Store, version: Version, examples: Sequence[Example])
     seen = sum(str(each.asked) in used for each in examples)
     if not seen:
         return []
-    what = f"{seen} of {counted(len(examples), 'example')}"
+    what = f"{seen} of {count_of(len(examples), 'example')}"
     return [f"{version} was trained on {what}, so its scores are too high: measure on examples that training left out"]
 
 
@@ -252,7 +252,7 @@ def read_panel(store: Store, panel: Panel, source: str, columns: RoleColumns) ->
     left_out = [each.name for each in panel.questions if each.name not in column_of]
     notes = list(rows.notes)
     if left_out:
-        notes.append(f"no column for {listed(left_out, 120)}, left out: --label QUESTION=COLUMN names one")
+        notes.append(f"no column for {quote_all(left_out, 120)}, left out: --label QUESTION=COLUMN names one")
     return PanelData(data, [str(each.asked) for each in rows.examples], rows.places, questions, left_out, notes)
 
 
@@ -262,7 +262,7 @@ def _columns_of_questions(panel: Panel, named: Plain, there: Sequence[str], sour
         named = {panel.questions[0].name: named}
     if not isinstance(named, Mapping | None):
         raise DataError(
-            f"label {shown(named, 60)}: panel {panel} has {len(panel.questions)} questions, expected their "
+            f"label {quote(named, 60)}: panel {panel} has {len(panel.questions)} questions, expected their "
             "columns by name: --label QUESTION=COLUMN"
         )
     given = {panel.question(name).name: str(column) for name, column in (named or {}).items()}
@@ -270,9 +270,9 @@ def _columns_of_questions(panel: Panel, named: Plain, there: Sequence[str], sour
     found = {each.name: given.get(each.name) or find_column(each.name, there) for each in panel.questions}
     columns = {name: column for name, column in found.items() if column is not None}
     if wrong := next((column for column in columns.values() if BETWEEN in column), None):
-        raise DataError(f"column {shown(wrong, 40)}: rename it without {BETWEEN!r}")
+        raise DataError(f"column {quote(wrong, 40)}: rename it without {BETWEEN!r}")
     if not columns:
-        names = listed([each.name for each in panel.questions], 80)
+        names = quote_all([each.name for each in panel.questions], 80)
         raise DataError(
             f"{one_line(source, 60)} has no column for a question of {panel} ({names}): its columns are "
             f"{list_columns(there, 80)}; name one with --label QUESTION=COLUMN"
@@ -285,10 +285,10 @@ def _answering(store: Store, question: Question) -> Version:
     version = store.resolve(question.adapter)
     decision = decisions_of(version).get(question.part)
     if decision is None or set(decision.labels) != set(question.labels):
-        has = "does not answer it any more" if decision is None else f"has the labels {listed(decision.labels, 80)}"
+        has = "does not answer it any more" if decision is None else f"has the labels {quote_all(decision.labels, 80)}"
         raise AdapterError(
-            f"question {shown(question.name, 40)} has the labels {listed(question.labels, 80)}, and {version} {has}: "
-            "make a new version of the panel"
+            f"question {quote(question.name, 40)} has the labels {quote_all(question.labels, 80)}, and {version} "
+            f"{has}: make a new version of the panel"
         )
     return version
 
@@ -301,7 +301,9 @@ def _labels_by_cell(question: Question) -> dict[str, str]:
 
 def _right(question: str, cell: str | None, meant: Mapping[str, str]) -> str | None:
     if cell is not None and cell not in meant:
-        raise DataError(f"question {shown(question, 40)} has no label {shown(cell, 40)}: it has {listed(meant, 120)}")
+        raise DataError(
+            f"question {quote(question, 40)} has no label {quote(cell, 40)}: it has {quote_all(meant, 120)}"
+        )
     return None if cell is None else meant[cell]
 
 

@@ -23,7 +23,7 @@ import torch
 from turret import bases, bundles, process
 from turret.adapters import Adapter, StoredAdapter
 from turret.bases import Base, ChosenDevice, choose_device
-from turret.bases.base import Digests, Dtype, dtype_on, share
+from turret.bases.base import Digests, Dtype, dtype_on, share_weights
 from turret.bases.device import CPU, Gpu, Machine, gigabytes, this_machine
 from turret.bases.meta_model import room_to_answer, skeleton
 from turret.bases.quantized import QUANTIZATIONS, Quantization
@@ -422,8 +422,8 @@ class ResidentBases(OwnProcess):
         def model() -> Base:
             if key not in self._bases:
                 self._bases[key] = with_digests(base_of(*needed._replace(labels=())))
-                process.release()  # what loading needed; a training does not do it again
-            return share(self._bases[key], num_labels=task.num_labels(labels), seed=recipe.seed)
+                process.release_memory()  # what loading needed; a training does not do it again
+            return share_weights(self._bases[key], num_labels=task.num_labels(labels), seed=recipe.seed)
 
         return self.run(model)
 
@@ -445,7 +445,7 @@ class ResidentBases(OwnProcess):
         labels = how["num_labels"]
         if (kept := self._bases.get(key)) is None:
             return bases.load(base, task=task, num_labels=labels, dtype=dtype, quantization=quantization, device=chosen)
-        return self.run(lambda: share(kept, num_labels=labels))
+        return self.run(lambda: share_weights(kept, num_labels=labels))
 
     def machine(self) -> Machine | None:
         return machine_of(list(self._bases.values()))
@@ -458,7 +458,7 @@ class ResidentBases(OwnProcess):
         """Free the bases whose name is not among those that are wanted. Called in the thread."""
         for key in [key for key in self._bases if key[0] not in wanted]:
             del self._bases[key]
-        process.release()
+        process.release_memory()
 
     def close(self) -> None:
         """End the thread and free all bases. Trainings that still run raise Draining."""
@@ -527,7 +527,7 @@ class ServingBase(OwnProcess):
         if reason is not None:
             raise TrainingError(f"this training cannot run beside these answers: {reason}; use turret worker")
         shared, labelled = self.base, task.num_labels(labels)
-        return self.run(lambda: share(shared, num_labels=labelled, seed=recipe.seed, headless=headless))
+        return self.run(lambda: share_weights(shared, num_labels=labelled, seed=recipe.seed, headless=headless))
 
     def has(self, needed: TrainingBase) -> bool:
         """Whether the base is in memory: always."""

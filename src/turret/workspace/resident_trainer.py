@@ -124,7 +124,7 @@ class Trainer:
             del self._runs[taken.id]
             self._changed.notify_all()
         print_to_parent({"run": taken.id, "status": ended.status, "text": ended.text})
-        process.release()
+        process.release_memory()
 
     def _wanted_bases(self) -> Collection[str]:
         with self._changed:
@@ -162,7 +162,7 @@ class _Run:
             self.seat.settle()
             if not self._trains:
                 self._trains = True
-                process.release()  # what its data and the start of its head needed
+                process.release_memory()  # what its data and the start of its head needed
         self.sign()
 
     def sign(self) -> None:
@@ -175,7 +175,7 @@ class _Run:
 
 def main(request: str) -> None:
     """Train what the worker gives, until it ends."""
-    process.share()  # one heap for the threads of all runs: what one frees, another uses
+    process.use_one_heap()  # one heap for the threads of all runs: what one frees, another uses
     process.exempt_loaded()  # a collection for each run then looks at runs and bases alone
     asked: WorkerRequest = json.loads(request)
     if asked["folder"] is not None:

@@ -20,7 +20,7 @@ from turret.store.jobs import Job, StudyResult
 from turret.store.queued_data import PLACE
 from turret.workspace import comparing, sweeping
 from turret.workspace.cells import Workers
-from turret.workspace.child_process import Ended, WorkerRequest, attempt, do_request
+from turret.workspace.child_process import Ended, WorkerRequest, attempt_job, do_request
 from turret.workspace.progress import Progress, Say
 from turret.workspace.queueing import ComparisonRequest, bring_data, order_of, require_base
 
@@ -32,7 +32,7 @@ def main(request: str) -> None:
 
 
 def _do(asked: WorkerRequest, store: Store, taken: Job, say: Say) -> Ended:
-    return attempt(store, taken, lambda queue: _conduct(store, queue, taken, asked, say))
+    return attempt_job(store, taken, lambda queue: _conduct(store, queue, taken, asked, say))
 
 
 class _Watched(Workers):

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Literal
 
 from turret.data import Dataset
 from turret.database import OPEN_STATES
-from turret.errors import QueueFull, RecipeError, TrainingError, needs, shown
+from turret.errors import QueueFull, RecipeError, TrainingError, quote, require_package
 from turret.json_types import JsonObject
 from turret.recipe import Recipe
 from turret.store import Store
@@ -90,7 +90,7 @@ def parse_settings(sets: Mapping[str, str]) -> tuple[dict[str, str], dict[str, C
     fixed, searched = dict[str, str](), dict[str, Choices | Range]()
     for key, value in sets.items():
         if not isinstance(key, str) or not isinstance(value, str):
-            raise RecipeError(f"settings: expected texts such as 'train.lr': '1e-4..1e-2', given {shown(key)}")
+            raise RecipeError(f"settings: expected texts such as 'train.lr': '1e-4..1e-2', given {quote(key)}")
         low, dots, high = value.partition("..")
         if dots:
             searched[key] = _range(key, low, high)
@@ -255,7 +255,7 @@ class Proposed:
     def __init__(self, settings: Mapping[str, Choices | Range], seed: int) -> None:
         what = "a sweep over a range, or over a part of all combinations,"
         remedy = "pip install 'turret[sweep]', or give lists and as many trials"
-        with needs(what, "Optuna", remedy, RecipeError):
+        with require_package(what, "Optuna", remedy, RecipeError):
             import optuna
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._optuna = optuna

@@ -58,7 +58,7 @@ from turret.tasks.shapes import Metrics, numbers_in
 from turret.trackers import State, TrackedRun, require_installed
 from turret.trackers.tracking import Tracking
 from turret.train import distributed, initialize, memory, preflight, proof
-from turret.train.asking import Asking, twin
+from turret.train.asking import Asking, twin_base
 from turret.train.batches import EncodedRows, pass_tokens, splits_of
 from turret.train.checkpoint import step_of
 from turret.train.curve import Curve, StepRecord, learnt_by_heart
@@ -216,7 +216,7 @@ STEP = ("loss", "lr", "grad_norm", "epoch", "tokens_per_second")  # fields of a 
 
 
 @contextmanager
-def follow(recipe: Recipe, run: TrackedRun, warn: Callable[[str], None]) -> Iterator[Tracking]:
+def follow_training(recipe: Recipe, run: TrackedRun, warn: Callable[[str], None]) -> Iterator[Tracking]:
     """Start the trackers that a recipe names, and end them with the state in which the training ends.
 
     Args:
@@ -318,7 +318,7 @@ def prepare(
     callbacks.stage(f"{recipe.base} is in memory" if place.has(needed) else f"loading {recipe.base}")
     started = time.perf_counter()
     base = replace(place.model_for(needed), reference=reference)
-    bare = place.run(lambda: twin(base), store.access.tenant)
+    bare = place.run(lambda: twin_base(base), store.access.tenant)
     base = replace(base, checkpoints=checkpoints_for(recipe, task_class, dataset.labels, device.device, machine))
     light = recipe.train.checkpoint_layers or base.checkpoints is not None
     most = pass_tokens_for(recipe, task_class, dataset.labels, device.device, machine, checkpointed=light)
@@ -334,8 +334,8 @@ def prepare(
     if start is not None:
         notes.append(f"starts from {start.version} ({start.digest[:19]}), its parent in the lineage")
     if not place.stays:
-        process.release()
-    resident = memory.resident(device.device)
+        process.release_memory()
+    resident = memory.resident_bytes(device.device)
     return PreparedTraining(recipe, dataset, base, bare, task, notes, load_seconds, resident, start, device)
 
 
@@ -359,7 +359,7 @@ def _fill_recipe(recipe: Recipe, dataset: Dataset, base: Base, start: StoredAdap
         task={"kind": dataset.kind, "reference": reference},
         train={"init_from": None if start is None else start.version},
     )
-    return initialize.filled(guessed, base, dataset.kind, len(splits_of(recipe, dataset).train))
+    return initialize.fill_recipe(guessed, base, dataset.kind, len(splits_of(recipe, dataset).train))
 
 
 def plan(store: Store, recipe: Recipe, callbacks: Callbacks, dataset: Dataset | None = None) -> Planned:
@@ -370,7 +370,7 @@ def plan(store: Store, recipe: Recipe, callbacks: Callbacks, dataset: Dataset | 
 def _plan_training(store: Store, ready: PreparedTraining, callbacks: Callbacks) -> tuple[PreparedTraining, Planned]:
     """The plan; on the CPU instead if a GPU was not asked for and the plan does not fit there after all."""
     planned, asked = _plan(ready, callbacks), ready.recipe.train.device or AUTO
-    if (small := lighter(ready, planned)) is not None:
+    if (small := with_checkpoints(ready, planned)) is not None:
         again = _plan(small, callbacks)
         ready, planned = (ready, planned) if again.plan.refused else (small, again)
     refused = [check for check in planned.plan.checks if check.level == "refuse" and check.name == "memory"]
@@ -390,7 +390,7 @@ def _plan(ready: PreparedTraining, callbacks: Callbacks, *, measured: bool = Tru
     return Planned(ready.recipe, plan if whole else _with_memory(plan, ready), ready.notes)
 
 
-def lighter(ready: PreparedTraining, planned: Planned) -> PreparedTraining | None:
+def with_checkpoints(ready: PreparedTraining, planned: Planned) -> PreparedTraining | None:
     """The same training with its layers checkpointed, if its plan does not fit its GPU; None if that is no way out."""
     refused = [check for check in planned.plan.checks if check.level == "refuse"]
     decided = ready.recipe.train.checkpoint_layers is not None or ready.base.checkpoints is not None
@@ -493,7 +493,7 @@ def train(
         try:
             with (
                 store.training_runs().keeper(run, callbacks.warning) as keeper,
-                follow(planned.recipe, _tracked_run(run, ready, planned), callbacks.warning) as tracking,
+                follow_training(planned.recipe, _tracked_run(run, ready, planned), callbacks.warning) as tracking,
             ):
                 begun = _Run(store, run, planned, _both(callbacks, tracking, keeper), place, asked)
                 with _memory_explained():
@@ -691,8 +691,7 @@ class _Run:
             try:
                 record = self._run_work(lambda: next(steps))
             except StopIteration as end:
-                fitted: Fitted = end.value
-                return fitted
+                return end.value
             with _disk_errors(run):
                 curve.append(record)
             callbacks.record(record)

@@ -31,7 +31,7 @@ def test_the_check_at_the_first_use_works_inside_inference_mode() -> None:
 def test_the_check_notices_a_wrong_kernel(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its last result is off by a few times what is allowed."""
     call, ops = CpuOps.call, compiled(dtype)
-    if name == "linear" and not ops.few():
+    if name == "linear" and not ops.few:
         pytest.skip("this processor does without the kernel")
 
     def wrong(self: CpuOps, called: str, *arguments: Argument | Tensor) -> None:

@@ -17,7 +17,7 @@ from turret.ops.cpu.compiled import CpuKVStep
 def test_linear_equals_torchs_product_and_a_token_does_not_depend_on_others(
     dtype: torch.dtype, sizes: tuple[int, int], tokens: int
 ) -> None:
-    tokens = min(tokens, compiled(dtype).few())
+    tokens = min(tokens, compiled(dtype).few)
     if tokens == 0:
         pytest.skip("not for this processor")
     d_in, d_out = sizes
@@ -45,7 +45,7 @@ def test_linear_adds_the_adapter_of_each_token_and_leaves_others_alone(
     dtype: torch.dtype, sizes: tuple[int, int], rank: int
 ) -> None:
     """Spans of no, one and a few tokens; one has no factors here; an adapter alone and with others."""
-    tokens = min(16, compiled(dtype).few())
+    tokens = min(16, compiled(dtype).few)
     if tokens == 0:
         pytest.skip("not for this processor")
     d_in, d_out = sizes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +15,9 @@ from turret.errors import AdapterError
 from turret.families import family_of
 from turret.manifest import AdapterConfig
 from turret.methods.full import UNMIXED, Full
-from turret.ops.core import FunctionContext, Gradients, apply
+from turret.ops.core import FunctionContext, Gradients, apply_function
 from turret.ops.structs import kept_gradient
 from turret.transformer import Model
-
-
-class _RowsContext(FunctionContext, Protocol):
-    parameter: Tensor
-    padding: int | None
 
 
 class _Rows(torch.autograd.Function):
@@ -34,13 +28,13 @@ class _Rows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: _RowsContext, weight: Tensor, ids: Tensor, padding: int | None) -> Tensor:
+    def forward(ctx: FunctionContext, weight: Tensor, ids: Tensor, padding: int | None) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.parameter, ctx.padding = weight, padding
         return nn.functional.embedding(ids, weight)
 
     @staticmethod
-    def backward(ctx: _RowsContext, *gradients: Tensor) -> Gradients:
+    def backward(ctx: FunctionContext, *gradients: Tensor) -> Gradients:
         weight, ids = ctx.parameter, ctx.saved_tensors[0].flatten()
         dy = gradients[0].reshape(len(ids), -1)
         if ctx.padding is not None:
@@ -100,7 +94,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 def look_up(module: nn.Embedding, args: tuple[Tensor], output: Tensor) -> Tensor:
     """The output of an embedding, through `_Rows`."""
-    return apply(_Rows, module.weight, args[0], module.padding_idx)
+    return apply_function(_Rows, module.weight, args[0], module.padding_idx)
 
 
 def _swap(model: Model, attached: HookedModel, values: dict[str, Tensor]) -> None:

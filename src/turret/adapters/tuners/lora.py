@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +13,15 @@ from turret import quantized
 from turret.adapters.adapter import LORA_PREFIX, Adapter, Extracted, Parts
 from turret.adapters.batch_context import ATTACHED
 from turret.adapters.hooks import AdapterInit, HookedModel, device_of, linear_at, routed_linear, target_paths
-from turret.adapters.lora import LoRAFactors, sizes
+from turret.adapters.lora import LoRAFactors, layer_sizes
 from turret.adapters.tuners.tuner import Tuner, tuner_of
 from turret.errors import AdapterError
-from turret.families import FAMILIES, family_of
+from turret.families import FAMILIES, Family, family_of
 from turret.json_types import JsonObject
 from turret.manifest import AdapterConfig
 from turret.methods.lora import COMBINATIONS, LoRA
 from turret.methods.method import Check
 from turret.transformer import Model
-
-if TYPE_CHECKING:
-    from turret.families import Family
-
 
 # --- weighted ---------------------------------------------------------------------------------------------------------
 # Merge several LoRAs into one by PEFT's `add_weighted_adapter`.
@@ -207,13 +202,13 @@ class LoRATuner(Tuner[LoRA]):
 
     def parts(self, model: Model, adapter: Adapter) -> Parts:
         """A (R, D_in) and B (D_out, R) of every layer. Checks that every tensor is one of them and fits."""
-        r, pairs = self.method.r, _pairs(adapter)
+        r, pairs = self.method.r, lora_pairs(adapter)
         checked = {}
         for path, pair in pairs.items():
             layer = linear_at(model, path)
             if set(pair) != {"lora_A", "lora_B"}:
                 raise AdapterError(f"LoRA of {path} needs lora_A and lora_B, given only {next(iter(pair))}")
-            d_in, d_out = sizes(layer)
+            d_in, d_out = layer_sizes(layer)
             A, B = pair["lora_A"], pair["lora_B"]
             if A.shape != (r, d_in) or B.shape != (d_out, r):
                 raise AdapterError(
@@ -224,7 +219,7 @@ class LoRATuner(Tuner[LoRA]):
         return Parts(checked, self.method.scaling)
 
 
-def _pairs(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
+def lora_pairs(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
     """lora_A and lora_B by layer."""
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in adapter.tensors.items():
@@ -247,7 +242,7 @@ def _initial(method: LoRA, layer: nn.Module, generator: torch.Generator | None) 
     the base. "loftq": the R largest singular triples of what 4 bits lose of W, so that the adapter starts closer to the
     plain base than the base in 4 bits is. False: both random, for tests.
     """
-    d_in, d_out = sizes(layer)
+    d_in, d_out = layer_sizes(layer)
     A = torch.empty(method.r, d_in)
     B = torch.zeros(d_out, method.r)
     if method.init_lora_weights == "pissa":

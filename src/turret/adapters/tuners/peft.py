@@ -32,7 +32,7 @@ from turret.adapters.hooks import (
     target_paths,
 )
 from turret.adapters.layers import TokenLogits, TokenRows, base_module_of, with_values
-from turret.adapters.lora import ScaledLayer, dora, sizes
+from turret.adapters.lora import ScaledLayer, dora, layer_sizes
 from turret.adapters.prefix import Groups
 from turret.adapters.tuners.tuner import Tuner, fill_parameters, head_parameters, head_tensors, mount_head
 from turret.errors import AdapterError, RecipeError
@@ -40,7 +40,7 @@ from turret.families import family_of
 from turret.families.family import Stream
 from turret.json_types import JsonObject, JsonValue, Plain, mapping_of
 from turret.manifest import AdapterConfig, check_agreement, check_config, refuse_code
-from turret.methods.peft import MARKS, NORMS, PROMPTS, WRAPPED, Peft, beside, without_repeated
+from turret.methods.peft import MARKS, NORMS, PROMPTS, WRAPPED, Peft, other_trained_tensors, without_repeated
 from turret.transformer import Model
 
 # --- mixing -----------------------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def parts_of(kind: str, settings: AdapterConfig, tensors: Mapping[str, Tensor], 
     Raises:
         AdapterError: the tensors do not fit the model.
     """
-    extra = beside(tensors, MARKS[kind])
+    extra = other_trained_tensors(tensors, MARKS[kind])
     layers = dict(METHODS[kind](settings, {name: each for name, each in tensors.items() if name not in extra}, model))
     values = {name.removeprefix(LORA_PREFIX): tensors[name].float() for name in extra}
     values = with_biases(values, layers, model)
@@ -96,7 +96,7 @@ def _split(name: str) -> tuple[str, str]:
 def _layer(model: Model, path: str) -> nn.Module:
     """A linear layer, or GPT-2's Conv1D. Raises AdapterError for another module."""
     layer = linear_at(model, path)
-    sizes(layer)
+    layer_sizes(layer)
     return layer
 
 
@@ -107,7 +107,7 @@ def _lora(settings: AdapterConfig, tensors: Mapping[str, Tensor], model: Model) 
         layer = _layer(model, path)
         _require_marks(path, parts, wanted)
         A, B = parts["lora_A"], parts["lora_B"]
-        d_in, d_out = sizes(layer)
+        d_in, d_out = layer_sizes(layer)
         if A.shape[1:] != (d_in,) or B.shape != (d_out, len(A)):
             raise AdapterError(
                 f"LoRA of {path} has shapes {tuple(A.shape)} and {tuple(B.shape)}: expected (r, {d_in}) and "
@@ -136,7 +136,7 @@ def _ia3(settings: AdapterConfig, tensors: Mapping[str, Tensor], model: Model) -
     """(1, D_in) scales a feed-forward layer's input, (D_out, 1) another layer's output (Liu et al. 2022)."""
     for path, parts in _by_layer(tensors).items():
         _require_marks(path, parts, {"ia3_l"})
-        gain, (d_in, _) = parts["ia3_l"], sizes(_layer(model, path))
+        gain, (d_in, _) = parts["ia3_l"], layer_sizes(_layer(model, path))
         inputs = gain.shape[0] == 1 and gain.shape[1] == d_in
         yield path, ScaledLayer(input=gain.flatten()) if inputs else ScaledLayer(output=gain.flatten())
 
@@ -148,17 +148,10 @@ def _vera(settings: AdapterConfig, tensors: Mapping[str, Tensor], model: Model) 
         raise AdapterError("this VeRA was saved without its projection: save it with save_projection=True")
     for path, parts in _by_layer(tensors).items():
         _require_marks(path, parts, {"vera_lambda_d", "vera_lambda_b"})
-        d_in, d_out = sizes(_layer(model, path))
+        d_in, d_out = layer_sizes(_layer(model, path))
         down = parts["vera_lambda_d"][:, None] * A[:, :d_in].float()
         up = parts["vera_lambda_b"][:, None] * B[:d_out].float()
         yield path, ScaledLayer((down, up))
-
-
-def _ln_tuning(
-    settings: AdapterConfig, tensors: Mapping[str, Tensor], model: Model
-) -> Iterator[tuple[str, ScaledLayer]]:
-    """Norms alone, which `with_modules` replaces (Zhao et al. 2023)."""
-    yield from ()
 
 
 def _require_marks(path: str, parts: Mapping[str, Tensor], known: set[str]) -> None:
@@ -175,7 +168,7 @@ METHODS: dict[str, Compute] = {
     "RSLORA": _lora,
     "IA3": _ia3,
     "VERA": _vera,
-    "LN_TUNING": _ln_tuning,
+    "LN_TUNING": lambda settings, tensors, model: iter(()),  # all of its tensors replace norms
 }
 
 
@@ -223,7 +216,7 @@ class PeftTuner(Tuner[Peft]):
         guest = _guest(attached)
         if adapter.method != peft_backend.mounted_method(guest.method):
             raise AdapterError("its PEFT settings differ from those of this recipe: set [method] to its values")
-        peft_backend.fill(guest, adapter.tensors)
+        peft_backend.fill_tensors(guest, adapter.tensors)
         fill_parameters(head_parameters(attached), adapter.head)
 
     def read(self, tensors: dict[str, Tensor], config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -238,7 +231,7 @@ class PeftTuner(Tuner[Peft]):
     def _beside(self, names: Iterable[str]) -> set[str]:
         """The tensors of modules that are trained whole, in addition to the method's own tensors."""
         mark = MARKS.get(self.method.peft_type)
-        return set() if mark is None else beside(names, mark)
+        return set() if mark is None else other_trained_tensors(names, mark)
 
     def owns(self, name: str) -> bool:
         """Whether the name has the substring that PEFT puts into the names of a method's tensors."""
@@ -275,8 +268,8 @@ class PeftTuner(Tuner[Peft]):
         if self._beside(adapter.tensors):
             return super().merged_weights(model, adapter)
         twin = copy.deepcopy(model)
-        guest = peft_backend.invite(twin, family_of(twin.config), self.method)
-        peft_backend.fill(guest, adapter.tensors)
+        guest = peft_backend.attach_with_peft(twin, family_of(twin.config), self.method)
+        peft_backend.fill_tensors(guest, adapter.tensors)
         before = model.state_dict()
         whole = peft_backend.merged_state_dict(guest)
         if odd := sorted(set(whole) ^ set(before)):
@@ -295,7 +288,9 @@ class PeftTuner(Tuner[Peft]):
             raise AdapterError(reason)
         if kind in PROMPTS:
             return Parts(prefix=_prefix(model, adapter.tensors))
-        return Parts(layers=peft_backend.changes(method, adapter.tensors, _changed_layers(model, adapter.tensors)))
+        return Parts(
+            layers=peft_backend.build_peft_layers(method, adapter.tensors, _changed_layers(model, adapter.tensors))
+        )
 
     def why_unserved(self, model: Model, adapter: Adapter) -> str | None:
         if self.method.peft_type not in WRAPPED:
@@ -315,7 +310,7 @@ class PeftTuner(Tuner[Peft]):
             return
         _invite(model, attached, peft_backend.mounted_method(self.method), trains=False)
         guest = _guest(attached)
-        peft_backend.fill(guest, adapter.tensors)
+        peft_backend.fill_tensors(guest, adapter.tensors)
         for each in guest.parameters.values():
             each.requires_grad_(False)
         for part in (*guest.layers, *attached.prefixes.values()):
@@ -375,7 +370,7 @@ def _invite(
     trains: bool = True,
 ) -> None:
     """Let PEFT put its modules into a hooked model. `detach` removes them."""
-    guest = peft_backend.invite(model, attached.family, method, generator, trains=trains)
+    guest = peft_backend.attach_with_peft(model, attached.family, method, generator, trains=trains)
     attached.guest = guest
     attached.context.draws_alone = True
     for path, layer in model.named_modules():

@@ -32,7 +32,7 @@ from turret.adapters.hooks import (
     routed_whole,
     start_head,
 )
-from turret.adapters.layers import merged_values, twin
+from turret.adapters.layers import merged_values, shallow_copy_module
 from turret.adapters.lora import LoRAFactors, ScaledLayer
 from turret.adapters.prefix import PrefixGroup, PrefixSlot
 from turret.errors import AdapterError, BundleError
@@ -263,7 +263,7 @@ def mount_head(model: Model, attached: HookedModel, head: dict[str, Tensor], slo
 def filled_head(module: nn.Module, path: str, values: dict[str, Tensor], device: torch.device) -> nn.Module:
     """A frozen float32 copy of a head module with these values."""
     check_head(module, path, values)
-    made = twin(module)
+    made = shallow_copy_module(module)
     for key, value in values.items():
         owner, name = made.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
         setattr(owner, name, nn.Parameter(value.float().clone().to(device), requires_grad=False))

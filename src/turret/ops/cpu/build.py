@@ -37,14 +37,14 @@ def load() -> tuple[ctypes.CDLL, str]:
     if platform.system() != "Linux":
         raise NotBuilt(f"no kernels for {platform.system()} yet")
     try:
-        return (None if choice == "compile" else load_shipped(SHIPPED, features())) or _load_compiled()
+        return (None if choice == "compile" else load_shipped(SHIPPED, cpu_features())) or _load_compiled()
     except CompilerError as error:
         raise NotBuilt(str(error)) from None
     except OSError as error:  # the system does not load the library
         raise NotBuilt(f"cannot load the kernels: {error}") from None
 
 
-def features() -> frozenset[str]:
+def cpu_features() -> frozenset[str]:
     """The processor's features, as Linux lists them in /proc/cpuinfo."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
@@ -114,7 +114,7 @@ def _digest(compiler: str) -> str:
     for name in SOURCES:
         known.update((FOLDER / name).read_bytes())
     known.update(run([compiler, "--version"]))
-    known.update(" ".join(sorted(features())).encode() or platform.processor().encode())
+    known.update(" ".join(sorted(cpu_features())).encode() or platform.processor().encode())
     return known.hexdigest()[:32]
 
 

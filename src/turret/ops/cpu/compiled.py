@@ -22,7 +22,7 @@ from turret.ops.core import (
     NumberedMatrix,
     Ops,
     attention_by_rows,
-    enabled,
+    is_enabled,
     seeded_randn,
 )
 from turret.ops.cpu.build import NotBuilt, load
@@ -96,8 +96,7 @@ def rows_struct(
     varies = bool(prefixes.pairs) or dropped is not NO_DROPOUT
     key = (q.shape, k.shape, q.stride(), k.stride(), v.stride())
     if not varies and key in rows.memo:
-        known: RowsStruct = rows.memo[key]
-        return known
+        return rows.memo[key]
     for each in (q, k, v):
         assert each.stride(-1) == 1
     if prefixes.pairs:
@@ -338,7 +337,7 @@ RETURNED = dict.fromkeys(("encoder_layers", "decoder_layers"), _LONG)
 WAKING = 1 << 20  # multiplications in 0.1 ms of one thread; a sleeping thread takes 0.05 to 2 ms to wake
 
 
-def at(spans: AdapterSpans | None) -> int | None:
+def address_of(spans: AdapterSpans | None) -> int | None:
     """The address of the spans."""
     return None if spans is None else spans.address
 
@@ -362,8 +361,8 @@ class CpuOps(Ops):
 
     def __init__(self, loaded: ctypes.CDLL, dtype: torch.dtype) -> None:
         self.dtype, self._loaded = dtype, loaded
-        self._tiles = dtype == torch.bfloat16 and bool(loaded.tiles())
-        self._few = int(getattr(loaded, f"linear_up_to_{NAMES[dtype]}")())
+        self.tiled = dtype == torch.bfloat16 and bool(loaded.tiles())
+        self.few = int(getattr(loaded, f"linear_up_to_{NAMES[dtype]}")())
         self._functions: dict[str, _NamedFuncPointer] = {}
 
     def call(self, name: str, *arguments: Argument | Tensor) -> None:
@@ -384,17 +383,10 @@ class CpuOps(Ops):
         return function
 
     def rest(self) -> None:
-        """See `rest` below."""
+        """See `end_idle_threads` below."""
         self._loaded.rest()
 
     # --- frozen products ----------------------------------------------------------------------------------------------
-
-    def few(self) -> int:
-        return self._few
-
-    def tiled(self) -> bool:
-        """Whether products use the processor's matrix tiles (AMX), which are about 8x faster."""
-        return self._tiles
 
     def linear_few(
         self,
@@ -423,11 +415,11 @@ class CpuOps(Ops):
         assert x.is_contiguous()
         assert weight.is_contiguous()
         assert x.shape[-1] == d_in
-        assert tokens <= self._few
+        assert tokens <= self.few
         assert spans is None or (spans.tokens == tokens and layer < spans.layers)
         y = x.new_empty(*x.shape[:-1], d_out)
         count = threads() if helped or tokens * d_in * d_out > WAKING else 1
-        self.call("linear", x, weight, bias, y, tokens, d_in, d_out, at(spans), layer, count)
+        self.call("linear", x, weight, bias, y, tokens, d_in, d_out, address_of(spans), layer, count)
         return y
 
     def low_rank(self, spans: AdapterSpans, layer: int, x: Tensor, y: Tensor) -> None:
@@ -616,7 +608,7 @@ class CpuOps(Ops):
         return dq, dk, dv, list(_of_prefixes(of_rows, prefixes))
 
     def kv_step(self, lengths: Tensor, prefixes: Tensor, like: Tensor) -> KVStep | None:
-        return CpuKVStep(self, lengths, prefixes, like) if enabled("cached_attention") else None
+        return CpuKVStep(self, lengths, prefixes, like) if is_enabled("cached_attention") else None
 
 
 def _lora(x: Tensor, lora: Lora) -> tuple[int | float, ...]:
@@ -717,7 +709,7 @@ class Layers:
         structs = [rows_struct(each, qkv, qkv, qkv, prefixes, NO_DROPOUT) for each, prefixes in rows]
         pointers = (ctypes.c_void_p * count)(*(ctypes.addressof(each) for each in structs))
         y = torch.empty_like(x)
-        places = ctypes.addressof(pointers), count, tokens, x.data_ptr(), at(spans), y.data_ptr()
+        places = ctypes.addressof(pointers), count, tokens, x.data_ptr(), address_of(spans), y.data_ptr()
         self._call("encoder_layers", tokens, (self._address, *places))
         return y
 
@@ -748,7 +740,15 @@ class Layers:
             *(PartStruct(kept.address, k.data_ptr(), v.data_ptr()) for layer in own for kept, k, v in layer)
         )
         y = torch.empty_like(x)
-        places = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), at(spans), count, ctypes.addressof(structs), y.data_ptr()
+        places = (
+            x.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            address_of(spans),
+            count,
+            ctypes.addressof(structs),
+            y.data_ptr(),
+        )
         self._call("decoder_layers", tokens, (self._address, len(own), tokens, *places))
         return y
 
@@ -758,7 +758,7 @@ class Layers:
         assert x.is_contiguous()
         assert x.shape[-1] == self.width
         assert x.dtype == self.dtype
-        assert 0 < tokens <= self._ops.few()
+        assert 0 < tokens <= self._ops.few
         assert spans is None or spans.tokens == tokens
         return tokens
 
@@ -880,7 +880,7 @@ def _checked_step(ops: CpuOps, draw: Callable[..., Tensor]) -> dict[str, tuple[T
     """A product of up to 5 tokens; three rows of 20, 1 and 7 keys, grouped heads, a prefix of 2 for the last row."""
     results = {}
     x, weight, bias = draw(5, 37), draw(19, 37), draw(19)
-    x = x[: ops.few()]
+    x = x[: ops.few]
     if len(x):
         y, (A, B) = x.double() @ weight.double().mT + bias.double(), (draw(3, 37), draw(3, 19))
         results["linear"] = (ops.linear_few(x, weight, bias), y)
@@ -931,15 +931,15 @@ def _load_library() -> tuple[dict[torch.dtype, CpuOps], str]:
 
 def library(dtype: torch.dtype = torch.float32) -> CpuOps | None:
     """The operations by the kernels, which are compiled if needed and checked at the first call; None without them."""
-    return _load_library()[0].get(dtype) if enabled("kernels") else None
+    return _load_library()[0].get(dtype) if is_enabled("kernels") else None
 
 
-def why() -> str:
+def kernel_status() -> str:
     """Where the kernels come from, or why there are none; for messages."""
     return _load_library()[1]
 
 
-def rest() -> None:
+def end_idle_threads() -> None:
     """End the idle OpenMP helper threads of the calling thread.
 
     If several threads of a process have helpers, GNU's OpenMP puts all of them to sleep between two operations, and a

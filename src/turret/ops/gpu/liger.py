@@ -24,8 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def rms_norm_backward(x: Tensor, weight: Tensor, r: Tensor, dy: Tensor) -> Tensor:
     """dx. The weight is frozen. dy stays as it is."""
     rows, settings = x.view(-1, x.shape[-1]), calculate_settings(x.shape[-1])
-    dx: Tensor = norms.rms_norm_backward(dy, rows, weight, r, 0.0, LLAMA, *settings, False, True, needs_dw=False)[0]
-    return dx
+    return norms.rms_norm_backward(dy, rows, weight, r, 0.0, LLAMA, *settings, False, True, needs_dw=False)[0]
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
@@ -38,8 +37,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    y: Tensor = activations.swiglu_forward(gate, up)[2]
-    return y
+    return activations.swiglu_forward(gate, up)[2]
 
 
 def swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:

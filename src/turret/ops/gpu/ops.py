@@ -65,8 +65,7 @@ class RowEdges(NamedTuple):
                 max(counts),
                 to_device(torch.tensor(order), device) if sizes else None,
             )
-        edges: RowEdges = rows.memo[key]
-        return edges
+        return rows.memo[key]
 
     def pack_keys(self, keys: Tensor, prefixes: Sequence[Tensor]) -> Tensor:
         """Every row's prefix before its own keys. keys: (M, H_kv, D); prefixes: (H_kv, P, D) each."""
@@ -160,8 +159,7 @@ class GpuOps(Ops):
     def rms_norm(self, x: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor | None]:
         if (liger := self._liger(x)) is None:
             return super().rms_norm(x, norm)
-        found: tuple[Tensor, Tensor] = liger.rms_norm(x.contiguous(), *norm)
-        return found
+        return liger.rms_norm(x.contiguous(), *norm)
 
     def rms_norm_backward(
         self, x: Tensor, norm: RMSNorm, r: Tensor | None, dy: Tensor, plus: Tensor | None = None
@@ -174,8 +172,7 @@ class GpuOps(Ops):
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         if (liger := self._liger(gate)) is None:
             return super().swiglu(gate, up)
-        y: Tensor = liger.swiglu(gate, up)
-        return y
+        return liger.swiglu(gate, up)
 
     def swiglu_backward(self, gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         if (liger := self._liger(gate)) is None:
@@ -189,8 +186,7 @@ class GpuOps(Ops):
     def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
         if (liger := self._liger(q)) is None:
             return super().rotate(q, k, cos, sin, sign)
-        found: tuple[Tensor, Tensor] = liger.rotate(q, k, cos, sin, sign)
-        return found
+        return liger.rotate(q, k, cos, sin, sign)
 
     def dropout(self, x: Tensor, dropped: DropoutArguments, scale: float) -> Tensor:
         keys = dropped.keys

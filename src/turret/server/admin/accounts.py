@@ -84,7 +84,7 @@ async def list_tenants(view: View, request: Request) -> TenantList:
 @control.get("/api/tokens")
 async def list_tokens(view: View, request: Request, tenant: Tenant = None) -> TokenList:
     """The tokens of the tenant, without their secrets; revoked ones too."""
-    found = await view.control(lambda: accounts.of(view, request.state.caller, tenant).list())
+    found = await view.control(lambda: accounts.tokens_of(view, request.state.caller, tenant).list())
     return TokenList(tokens=[Token(**each.as_json()) for each in found])
 
 
@@ -138,7 +138,7 @@ async def show_audit(
 ) -> AuditLog:
     """The control actions of the tenant, the newest first, in pages."""
     filters = {"since": since, "who": who, "verb": verb, "what": what}
-    found, more = await view.control(accounts.actions, view, request.state.caller, limit, before, tenant, **filters)
+    found, more = await view.control(accounts.audit_page, view, request.state.caller, limit, before, tenant, **filters)
     return AuditLog(actions=list(found), before=more)
 
 

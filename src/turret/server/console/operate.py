@@ -61,7 +61,7 @@ async def create(page: Page, view: View, form: Sent) -> Response:
 @router.get("/store/tokens/{name}/{verb}")
 async def ask(page: Page, view: View, name: Name, verb: Verb, tenant: Text = "") -> Response:
     """The dialog that confirms a change of a token."""
-    known = await view.control(lambda: accounts.of(view, page.caller, tenant or None).list())
+    known = await view.control(lambda: accounts.tokens_of(view, page.caller, tenant or None).list())
     found = next((each for each in known if each.name == name), None)
     if found is None:
         raise NotFound(f"no token {ascii(name)[:60]}")
@@ -113,9 +113,9 @@ async def _tokens(
     error: TurretError | None = None,
     form: Form | None = None,
 ) -> Response:
-    found = await page.view.control(lambda: accounts.of(page.view, page.caller, tenant or None).list())
+    found = await page.view.control(lambda: accounts.tokens_of(page.view, page.caller, tenant or None).list())
     at = now()
-    scopes = [each for each in SCOPES if each != OPERATE or accounts.operates(page.view, page.caller)]
+    scopes = [each for each in SCOPES if each != OPERATE or accounts.may_operate(page.view, page.caller)]
     shown = [(each, "revoked" if each.revoked else "valid" if each.lives(at) else "expired") for each in found]
     values = {
         "shown": sorted(shown, key=lambda each: (each[1] != "valid", each[0].name)),
@@ -252,7 +252,7 @@ async def audit(
     """Who changed what, the newest first."""
     filters = {"who": who, "verb": verb, "what": what, "since": since and _day(since).isoformat()}
     only, caller = {key: value for key, value in filters.items() if value}, page.caller
-    found, more = await view.control(accounts.actions, view, caller, ACTIONS, before, tenant or None, **only)
+    found, more = await view.control(accounts.audit_page, view, caller, ACTIONS, before, tenant or None, **only)
     given = only | ({"tenant": tenant} if tenant else {})
     tenants, shown = await view.control(accounts.tenants, view, caller), filters | {"tenant": tenant}
     return page.show("audit.html.j2", found=found, filters=shown, given=given, more=more, tenants=tenants)

@@ -22,7 +22,7 @@ from pydantic_core import from_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turret.data import source
-from turret.data.table_writer import harmless
+from turret.data.table_writer import escape_formula
 from turret.errors import BadRequest, DataError, NotFound, TooLarge, TurretError
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.methods import method_named
@@ -553,7 +553,7 @@ def _of_table(form: Form, panels: Sequence[Panel]) -> render.Context:
         for row, cell in zip(written, each.cells, strict=True):
             row += [cell.text, f"{cell.share or 0:.4f}"] if shares else [cell.text]
     file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows(map(harmless, row) for row in (heads, *written))
+    csv.writer(file, lineterminator="\n").writerows(map(escape_formula, row) for row in (heads, *written))
     content = base64.b64encode(file.getvalue().encode("utf-8-sig")).decode()
     cells = zip(*(each.cells for each in answered), strict=True)  # of each row
     lines = list(zip(table.column(column), cells, strict=True))

@@ -97,8 +97,7 @@ class AskedPage:
 
     @property
     def caller(self) -> Caller:
-        caller: Caller = self.request.state.caller
-        return caller
+        return self.request.state.caller
 
     @property
     def owner(self) -> str:

@@ -23,7 +23,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.types import ASGIApp, Message
 
-from turret.errors import BadRequest, Corrupt, LeaseLost, NotFound, StoreError, TooLarge, TurretError, shown
+from turret.errors import BadRequest, Corrupt, LeaseLost, NotFound, StoreError, TooLarge, TurretError, quote
 from turret.json_types import JsonObject
 from turret.server.routes import (
     BATCH,
@@ -405,7 +405,7 @@ class BatchRunner:
 
     async def _beat(self, batch: Batch) -> None:
         while True:
-            await asyncio.sleep(leases.length() / BEATS)
+            await asyncio.sleep(leases.lease_seconds() / BEATS)
             try:
                 await self._pool(self._batches.renew, batch)
             except LeaseLost:  # `_answer` finds that too
@@ -657,7 +657,7 @@ def validate_requests(path: Path, endpoint: str, most_bytes: int) -> int:
                 raise BadRequest(f"line {number} has more than {most_bytes} bytes: expected one request on each line")
             line = _parse_line(text, number - 1, endpoint)
             if line.custom_id in seen:
-                raise BadRequest(f"line {number}: custom_id {shown(line.custom_id)} occurs twice: give each its own")
+                raise BadRequest(f"line {number}: custom_id {quote(line.custom_id)} occurs twice: give each its own")
             seen.add(line.custom_id)
     if not seen:
         raise BadRequest("the file has no line: expected a request on each line")
@@ -678,7 +678,7 @@ def _parse_line(text: bytes, number: int, endpoint: str | None) -> Line:
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MOST_CUSTOM_ID:
         raise BadRequest(f"{where} has no custom_id of 1 to {MOST_CUSTOM_ID} characters: {expected}")
     if endpoint is not None and (said.get("method"), said.get("url")) != ("POST", endpoint):
-        given = f"{shown(said.get('method'), 20)} {shown(said.get('url'), 60)}"
+        given = f"{quote(said.get('method'), 20)} {quote(said.get('url'), 60)}"
         raise BadRequest(f"{where} asks {given}: expected 'POST' {endpoint!r}, the batch's endpoint")
     if said["body"].get("stream"):
         raise BadRequest(f"{where} asks for a stream: leave stream out, a batch has whole answers")

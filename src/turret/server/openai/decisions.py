@@ -16,13 +16,13 @@ from pydantic import BaseModel, Field
 
 from turret.engine import untrained
 from turret.engine.request import Ask
-from turret.errors import AdapterError, BadRequest, NotFound, listed, shown
+from turret.errors import AdapterError, BadRequest, NotFound, quote, quote_all
 from turret.json_types import JsonObject, Plain
 from turret.server import limits
 from turret.server.questions import Asker, Asking, PendingAnswers, Reply, abstaining, now, promise_of, prompt_tokens
 from turret.server.routes import NO_EFFECT, USER, WHOLE, Model, Name, Text, User, View, router
 from turret.store.panels import MOST_LABELS, MOST_QUESTIONS, Panel, decisions_of
-from turret.tasks import Decision, QuestionType, chances
+from turret.tasks import Decision, QuestionType, label_probabilities
 
 questions = router("infer")
 
@@ -129,8 +129,8 @@ def plan(view: View, model: str, asked: Sequence[Asked]) -> tuple[Panel | None, 
     for each in asked:
         part = "" if "" in found else each.name or ""
         if part not in found:
-            what = f"no question {shown(part, 40)}" if part else "a question has no name"
-            raise BadRequest(f"{what}: {version} answers {listed(found, 160)}")
+            what = f"no question {quote(part, 40)}" if part else "a question has no name"
+            raise BadRequest(f"{what}: {version} answers {quote_all(found, 160)}")
         decision = found[part]
         labels = _match_labels(each, decision, decision.type if decision.type != "choice" else None, str(version))
         planned.append(Planned(each, model, part, labels, None))
@@ -147,8 +147,8 @@ def _of_panel(panel: Panel, asked: Asked) -> Planned:
 
 def _match_labels(asked: Asked, decision: Decision, type_: QuestionType | None, who: str) -> tuple[str, ...]:
     """The labels of the values of a question. type_: how it may be asked; None: in any way that its labels allow."""
-    what = f"question {shown(asked.name, 40)}" if asked.name is not None else "the question"
-    known = listed(decision.labels, 120)
+    what = f"question {quote(asked.name, 40)}" if asked.name is not None else "the question"
+    known = quote_all(decision.labels, 120)
     if type_ is not None and asked.type not in ASKED_AS[type_]:
         raise BadRequest(f"{what} is a {asked.type} here and a {type_} in {who}: ask it as one; its labels are {known}")
     if asked.type == "predicate":
@@ -161,9 +161,9 @@ def _match_labels(asked: Asked, decision: Decision, type_: QuestionType | None, 
     for value in asked.values:
         label = decision.labels[value] if isinstance(value, bool) and decision.type == "predicate" else value
         if not isinstance(label, str) or label not in decision.labels:
-            raise BadRequest(f"{what}: no label {shown(value, 40)}, {who} has {known}")
+            raise BadRequest(f"{what}: no label {quote(value, 40)}, {who} has {known}")
         if label in labels:
-            raise BadRequest(f"{what}: {shown(label, 40)} is asked for twice: give each value once")
+            raise BadRequest(f"{what}: {quote(label, 40)} is asked for twice: give each value once")
         labels.append(label)
     if asked.decision.ordered and decision.ordered:
         places = [decision.labels.index(label) for label in labels]
@@ -182,8 +182,8 @@ def judge(planned: Planned, found: Mapping[str, float], promised: float | None, 
     missing = [label for label in planned.labels if label not in found]
     if missing:
         raise AdapterError(
-            f"{version} has no label {shown(missing[0], 40)}, it has {listed(found, 100)}: make a new version of the "
-            "panel, or ask for its labels"
+            f"{version} has no label {quote(missing[0], 40)}, it has {quote_all(found, 100)}: make a new version of "
+            "the panel, or ask for its labels"
         )
     own = [float(found[label]) for label in planned.labels]
     mass = sum(own)
@@ -285,7 +285,7 @@ async def _promised_threshold(view: View, pending: PendingAnswers) -> float | No
 
 def _verdict(planned: Planned, pending: PendingAnswers, promised: float | None) -> Verdict:
     (answer,) = pending.complete
-    return judge(planned, chances(answer, planned.part), promised, str(pending.model), pending.id)
+    return judge(planned, label_probabilities(answer, planned.part), promised, str(pending.model), pending.id)
 
 
 def _headers(panel: Panel | None, pending: Sequence[PendingAnswers]) -> dict[str, str]:
@@ -586,7 +586,7 @@ class SystemQuestion(Model):
         form = dict if self.type == "choice" else list
         if not isinstance(self.criteria, form) or not 1 <= len(self.criteria) <= MOST_LABELS:
             what = "an object from its labels" if form is dict else "a list of its levels"
-            raise BadRequest(f"question {shown(name, 40)}: criteria must be {what}, 1 to {MOST_LABELS}")
+            raise BadRequest(f"question {quote(name, 40)}: criteria must be {what}, 1 to {MOST_LABELS}")
         given = self.criteria.items() if isinstance(self.criteria, dict) else ()
         described: dict[Value, str] = {label: _instruction_text(each) for label, each in given if each is not None}
         return Asked(name, self.type, tuple(self.criteria), _instruction_text(self.instructions), described)

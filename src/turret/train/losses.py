@@ -1,4 +1,4 @@
-"""What an optimiser step computes: losses of micro-batches, without padding. `LocalSlot.train_step` takes the step."""
+"""The losses of micro-batches, without padding, and their scale. `LocalSlot.train_step` takes the step."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from turret.errors import AdapterError, LossNotFinite
 from turret.families.family import project
 from turret.ops.core import to_device
 from turret.ops.dropout import Draws
-from turret.ops.lora import plain
-from turret.tasks import ComparingTask, Task, compares
+from turret.ops.lora import is_plain_linear
+from turret.tasks import ComparingTask, Task, is_comparing
 from turret.tasks.text_answers import TextAnswers
 from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRow, micro_batches
@@ -111,16 +111,22 @@ def loss_over_the_batch(
 
 def _outputs(model: Model, task: Task, piece: Sequence[EncodedRow]) -> Tensor:
     """The logits (B, C) of a task with a head, else the log-probability of each target (B,)."""
-    sources = [item.source for item in piece]
     with mixed_precision(model):
         if piece[0].target is None:  # a head answers
             return packed.head_logits(model, [(item.source, item.read) for item in piece], pooling=task.pooling)
-        targets = [item.target for item in piece if item.target is not None]
-        states = packed.target_states(model, sources, targets, earlier=[item.earlier for item in piece])
+        states = target_states(model, piece)
         logits = _vocabulary_logits(model, states, _token_numbers(piece))  # (N, V)
         ids = to_device(torch.cat([item.counted for item in piece]), logits.device)
         tokens = logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
         return torch.stack([each.sum() for each in torch.split(tokens, [item.weight for item in piece])])
+
+
+def target_states(model: Model, piece: Sequence[EncodedRow]) -> Tensor:
+    """The states (N, D) that predict the tokens that the loss of these rows counts."""
+    targets = [item.target for item in piece if item.target is not None]
+    return packed.target_states(
+        model, [item.source for item in piece], targets, earlier=[item.earlier for item in piece]
+    )
 
 
 def passes_of(model: Model, batch: Sequence[EncodedRow], most_tokens: int, processes: Processes) -> int:
@@ -137,17 +143,15 @@ def backward(loss: Tensor) -> None:
 
 def loss_of(model: Model, task: Task, piece: Sequence[EncodedRow], loss: Loss | None = None) -> Tensor:
     """The mean loss over some examples: a scalar with a graph. loss: instead of the task's."""
-    if compares(task):
+    if is_comparing(task):
         return preference_loss(model, task, piece)
     function = task.loss if loss is None else loss.function
-    sources = [item.source for item in piece]
     with mixed_precision(model):
         if piece[0].target is None:  # a head answers
             rows = [(item.source, item.read) for item in piece]
             logits = packed.head_logits(model, rows, pooling=task.pooling)  # (B, C), or of each text (N, D)
             return function(logits, to_device(_wanted_outputs(task, piece), logits.device))
-        targets = [item.target for item in piece if item.target is not None]
-        states = packed.target_states(model, sources, targets, earlier=[item.earlier for item in piece])
+        states = target_states(model, piece)
         return _loss_of_targets(model, function, states, piece)
 
 
@@ -219,7 +223,11 @@ def _output_of_torch(model: Model, states: Tensor) -> nn.Linear | None:
     )
     if not fits or attachment(model).family.vocabulary is not project or torch.is_autocast_enabled(states.device.type):
         return None
-    return layer if isinstance(layer, nn.Linear) and plain(layer) and layer.weight.dtype == states.dtype else None
+    return (
+        layer
+        if isinstance(layer, nn.Linear) and is_plain_linear(layer) and layer.weight.dtype == states.dtype
+        else None
+    )
 
 
 # --- two answers to each prompt ---------------------------------------------------------------------------------------
@@ -281,7 +289,7 @@ def _slot_of_reference(model: Model, task: ComparingTask) -> int:
 
 
 @contextmanager
-def still(model: Model) -> Iterator[None]:
+def eval_mode(model: Model) -> Iterator[None]:
     """Eval mode, so without dropout, for the length of the block. Gradients may be computed."""
     training = model.training
     model.eval()
