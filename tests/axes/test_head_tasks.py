@@ -119,6 +119,14 @@ def test_columns_are_recognised_and_the_version_knows_its_task(house: House, kin
     assert set(house.metrics[kind]) == METRICS[kind]
 
 
+def test_a_text_without_a_word_has_no_spans(house: House) -> None:
+    name = house.recipes["token_classification"].name
+    found = house.workspace.predict(name, ["", " ", "a story by bank great film"])
+    assert [each["spans"] for each in found[:2]] == [[], []]
+    assert found[2]["spans"] == house.workspace.predict(name, ["a story by bank great film"])[0]["spans"] != []
+    assert house.workspace.predict(name, [""])[0]["spans"] == []  # no row of the pass has a word
+
+
 @pytest.mark.parametrize("kind", TABLES)
 def test_answers_equal_those_of_transformers_on_the_merged_model(house: House, kind: str, tmp_path: Path) -> None:
     name = house.recipes[kind].name

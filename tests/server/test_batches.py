@@ -40,8 +40,11 @@ def line(number: int, **more: Any) -> dict[str, Any]:
 
 
 def sent(client: openai.OpenAI, lines: list[dict[str, Any]], endpoint: str = "/v1/completions") -> Any:
-    content = "".join(json.dumps(each) + "\n" for each in lines).encode()
-    file = client.files.create(file=("requests.jsonl", io.BytesIO(content)), purpose="batch")
+    return sent_text(client, "".join(json.dumps(each) + "\n" for each in lines), endpoint)
+
+
+def sent_text(client: openai.OpenAI, content: str, endpoint: str = "/v1/completions") -> Any:
+    file = client.files.create(file=("requests.jsonl", io.BytesIO(content.encode())), purpose="batch")
     return client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h")  # type: ignore[arg-type]
 
 
@@ -118,17 +121,37 @@ def test_a_batch_of_embeddings_and_one_of_chats(serve, put, clients) -> None:
 def test_a_file_that_cannot_be_asked_fails_with_its_line(serve, put, clients) -> None:
     put()
     client = clients(serve())
-    for lines, message in (
-        ([line(1), line(1)], "line 2: custom_id 'n1' occurs twice"),
-        ([line(1, url="/v1/classify")], "line 1 asks 'POST' '/v1/classify'"),
-        ([line(1, body=None)], "line 1 has no body"),
-        ([line(1, body={"model": "a", "prompt": "x", "stream": True})], "line 1 asks for a stream"),
-        ([], "the file has no line"),
+    for lines, message, number in (
+        ([line(1), line(1)], "line 2: custom_id 'n1' occurs twice", 2),
+        ([line(1, url="/v1/classify")], "line 1 asks 'POST' '/v1/classify'", 1),
+        ([line(1, body=None)], "line 1 has no body", 1),
+        ([line(1, body={"model": "a", "prompt": "x", "stream": True})], "line 1 asks for a stream", 1),
+        ([], "the file has no line", None),
     ):
         batch = ended(client, sent(client, lines))
         assert batch.status == "failed"
         assert message in batch.errors.data[0].message
+        assert batch.errors.data[0].line == number
         assert batch.output_file_id is None
+
+
+def test_blank_lines_at_the_end_of_a_file_are_no_requests(serve, put, clients, monkeypatch) -> None:
+    monkeypatch.setattr(batch_routes, "MOST_LINES", 2)
+    put()
+    client = clients(serve())
+    lines = [json.dumps(line(number)) for number in range(2)]
+    for content, status, message in (
+        ("\n".join(lines) + "\n\n", "completed", ""),
+        ("\n".join(lines) + "\n\r\n \n\n  ", "completed", ""),
+        ("\n\n".join(lines), "failed", "line 2 is blank"),
+        ("\n\n", "failed", "the file has no line"),
+    ):
+        batch = ended(client, sent_text(client, content))
+        assert batch.status == status, batch
+        assert message in ("" if batch.errors is None else batch.errors.data[0].message)
+        if status == "completed":
+            assert (batch.request_counts.total, batch.request_counts.completed) == (2, 2)
+            assert list(read(client, batch.output_file_id)) == ["n0", "n1"]
 
 
 def test_a_file_of_too_many_lines_is_refused_before_any_is_asked(serve, put, clients, monkeypatch) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import small_models
 from server.arms import UNITS
 from server.conftest import Running
 from server.echo import FINGERPRINT, LABELS, Echo, probabilities
@@ -245,6 +246,51 @@ def test_without_a_threshold_of_its_own_a_question_takes_that_of_the_promise(ser
     assert 'href="/adapters/topic/1#promise"' in page
     told = other.post("/api/outcomes", json={"receipt": plain["receipt"], "value": "bad"}).json()
     assert told["outcomes"][0]["status"] == "noted", "an answer that was not decided is noted"
+
+
+def test_a_threshold_applies_to_the_median_level_which_is_the_answer_of_a_score(serve, put, workspace) -> None:
+    """As the promise of its version, `/v1/classify` and the evaluation of a panel do."""
+    version = put("grade", labels=ORDER)
+    workspace.panels.create("p", [Question("grade", "grade", "score", ORDER)])
+    chances = {"bad": 0.4, "so-so": 0.25, "good": 0.35}
+    client = serve(heads={"grade": {"label": "so-so", "probabilities": chances}}).client()
+    for model in ("p", "grade"):
+        level, chosen = ask(client, score("grade", *ORDER), choice("grade", *ORDER), model=model).json()["answers"]
+        assert (level["confidence"], level["score"]) == (0.25, pytest.approx(0.95))
+        assert (chosen["choice"], chosen["confidence"]) == ("so-so", 0.25)
+        (few,) = ask(client, choice("grade", "bad", "good"), model=model).json()["answers"]
+        assert (few["choice"], few["confidence"]) == ("bad", 0.4), (
+            "the most probable, where the answer is not asked for"
+        )
+    asked = {"grade": {"type": "choice", "criteria": dict.fromkeys(ORDER)}}
+    said = one(client, TEXT, asked, "p").json()
+    assert (said["answers"]["grade"]["choice"], said["answers"]["grade"]["confidence"]) == ("so-so", 0.25)
+    assert said["diagnostics"]["grade"]["argmax_is_label"] is True
+    promised(workspace, version, threshold=0.3)
+    other = serve(heads={"grade": {"label": "so-so", "probabilities": chances}}).client()
+    for model in ("p", "grade"):
+        (refused,) = ask(other, score("grade", *ORDER), model=model).json()["answers"]
+        assert (refused["type"], refused["confidence"], refused["threshold"]) == ("refusal", 0.25, 0.3)
+    asked = {"grade": {"type": "score", "criteria": list(ORDER)}}
+    assert one(other, TEXT, asked, "p").json()["answers"]["grade"]["type"] == "refusal"
+    abstains = other.post("/v1/classify", json={"model": "grade", "input": TEXT}).json()["data"][0]["abstain"]
+    assert abstains is True
+
+
+def test_a_value_that_is_given_twice_to_a_base_is_refused(serve) -> None:
+    client = serve(tokenizer=small_models.tokenizer("llama")).client()
+    for question, label in (
+        (choice("a", "x", "x", "y"), "x"),
+        (choice("a", True, True, False), "yes"),
+        (choice("a", "yes", True), "yes"),
+        (score("a", "lo", "lo", "hi"), "lo"),
+    ):
+        got = ask(client, question, model="echo")
+        assert got.status_code == 400, got.text
+        says = f"question 'a': '{label}' is asked for twice: give each value once"
+        assert got.json()["error"]["message"] == says
+    got = one(client, TEXT, {"a": {"type": "score", "criteria": ["lo", "lo", "hi"]}}, "echo")
+    assert (got.status_code, "'lo' is asked for twice" in got.text) == (400, True), got.text
 
 
 def test_a_predicate_is_the_probability_of_the_true_label_and_its_choices_keep_their_type(

@@ -8,7 +8,8 @@ import struct
 import openai
 import pytest
 import small_models
-from server.echo import vector
+from server.echo import FINGERPRINT, vector
+from store.bundles import tensors, write_bundle
 
 from turret.engine import Embedding
 
@@ -89,6 +90,19 @@ def test_documents_are_ranked_by_their_cosine_with_the_query(serve, put) -> None
         assert each["relevance_score"] == pytest.approx(expected[each["document"]["text"]])
     few = client.post("/v1/rerank", json={"model": "a", "query": "q", "documents": documents, "top_n": 2}).json()
     assert few["results"] == got[:2]
+
+
+def test_scores_are_of_the_version_that_the_servers_alias_means(serve, put, workspace, tmp_path) -> None:
+    put()
+    said = {"base": {"id": "echo", "fingerprint": FINGERPRINT}, "task": {"kind": "rerank", "pairs": True}}
+    workspace.store.put("a", write_bundle(tmp_path / "rerank", tensors(7), said=said))
+    workspace.promote("a@1", "production")
+    workspace.promote("a@2", "staging")
+    client = serve(alias="staging", heads={"a": {"value": 0.75}}).client()
+    got = client.post("/v1/score", json={"model": "a", "text_1": "q", "text_2": "one"}).json()
+    assert (got["model"], got["scoring"], got["data"][0]["score"]) == ("a@2", "adapter", 0.75)
+    got = client.post("/v1/rerank", json={"model": "a", "query": "q", "documents": ["one"]}).json()
+    assert (got["model"], got["scoring"], got["results"][0]["relevance_score"]) == ("a@2", "adapter", 0.75)
 
 
 def test_texts_become_the_tokens_of_the_base_and_back(serve, put) -> None:

@@ -208,6 +208,7 @@ def test_a_body_has_the_limit_of_its_route(serve, put) -> None:
     client = running.client()
     for method, path, most in (
         ("POST", "/v1/classify", 4 << 20), ("POST", "/api/runs", 4 << 20), ("POST", "/playground", 4 << 20),
+        ("POST", "/api/studies/plan", 4 << 20), ("POST", "/api/panels", 4 << 20),
         ("POST", "/api/adapters/a/promote", 64 << 10), ("POST", "/adapters/a/promote", 64 << 10),
         ("POST", "/sign-in", 8 << 10), ("GET", "/v1/models", 8 << 10), ("POST", "/no-such-path", 8 << 10),
     ):  # fmt: skip
@@ -219,6 +220,18 @@ def test_a_body_has_the_limit_of_its_route(serve, put) -> None:
         assert got[1] == 413, (path, got)
         remedy = "send the inputs in several requests" if most == 4 << 20 else "shorten it"
         assert f"more than {most} bytes: {remedy}" in asked[1].text, path
+
+
+def test_a_client_that_leaves_while_it_sends_a_file_is_no_bug(serve, put, until) -> None:
+    put()
+    running = serve()
+    host, _, port = running.url.removeprefix("http://").partition(":")
+    head = f"POST /v1/files HTTP/1.1\r\nhost: {host}:{port}\r\ncontent-type: multipart/form-data; boundary=x\r\n"
+    part = '--x\r\ncontent-disposition: form-data; name="file"; filename="f"\r\n\r\nhalf of it'
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(f"{head}content-length: 100000\r\n\r\n{part}".encode())
+    until(lambda: any(line.get("status") == 499 for line in running.log()))
+    assert not any(line["event"] == "bug" for line in running.log())
 
 
 def test_a_wrong_content_type_is_415(serve, put) -> None:

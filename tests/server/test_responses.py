@@ -32,6 +32,26 @@ def test_instructions_and_messages_are_the_turns_of_a_chat(speak) -> None:
     assert got.instructions == "be brief"
 
 
+def test_parts_that_are_too_long_together_are_refused_as_in_a_chat(speak) -> None:
+    client, _ = speak
+    parts = [{"type": "input_text", "text": "x" * 600_000}] * 2
+    chat = [{"role": "user", "content": [{"type": "text", "text": part["text"]} for part in parts]}]
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="a", messages=chat)
+    call = {"type": "function_call", "call_id": "1", "name": "look", "arguments": "{}"}
+    for said in (
+        [{"role": "user", "content": parts}],
+        [{"role": "user", "content": "hi"}, call, {"type": "function_call_output", "call_id": "1", "output": parts}],
+    ):
+        with pytest.raises(openai.BadRequestError) as error:
+            client.responses.create(model="a", input=said)
+        assert "expected at most 1000000 in all" in str(error.value)
+        assert (error.value.code, error.value.param) == (refused.value.code, refused.value.param)
+    short = [{"type": "input_text", "text": text} for text in ("one ", "two")]
+    got = client.responses.create(model="a", input=[{"role": "user", "content": short}])
+    assert got.output_text == client.responses.create(model="a", input="one two").output_text
+
+
 def test_openais_client_reads_the_stream(speak) -> None:
     client, version = speak
     with client.responses.create(model="a", input="one two", stream=True) as stream:

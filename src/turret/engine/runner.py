@@ -483,7 +483,7 @@ class Runner:
         if tagged := [(place, own) for place in places if (own := rows[place].read) is not None]:
             index = [starts[body[place]] + token for place, taken in tagged for token in taken]
             slots, counts = [rows[place].slot for place, _ in tagged], [len(taken) for _, taken in tagged]
-            read = hidden[to_device(torch.tensor(index), hidden.device)]
+            read = hidden[to_device(torch.tensor(index, dtype=torch.long), hidden.device)]  # blank texts have no word
             logits = self.adapter_pool.logits("tag", slots, counts, read)
             classes |= {order[place]: row for (place, _), row in zip(tagged, logits, strict=True)}
         vectors = {order[place]: row for place, row in self._pooled_states(rows, states, body).items()}

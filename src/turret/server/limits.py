@@ -61,8 +61,9 @@ MOST_UNIT = 1024  # characters
 
 OPEN = ("/healthz", "/readyz")  # without a token, and without limits
 JSON, FORM = "application/json", "application/x-www-form-urlencoded"  # the bodies of the API and of pages
-# The routes whose bodies have texts or tables: how their paths begin, and how they end.
-LARGE_BODIES = ("/v1/", "/tokenize", "/detokenize", "/api/runs", "/api/studies", "/api/outcomes", "/playground")
+TEXT_BODIES = ("/v1/", "/tokenize", "/detokenize", "/playground")
+# The routes whose bodies have texts, tables or many questions: how their paths begin, and how they end.
+LARGE_BODIES = (*TEXT_BODIES, "/api/outcomes", "/api/runs", "/api/studies", "/api/panels")
 LARGE_ENDINGS = ("/gates",)  # with golden examples
 # The routes whose bodies are files, which are not read before the route, and their type.
 FILES, MULTIPART = ("/v1/files", "/train", "/playground/file"), "multipart/form-data"

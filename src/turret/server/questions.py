@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field
 from turret.access import DEFAULT
 from turret.data import Prompt, TextPair
 from turret.engine import Done, Event, Failed, Piece, Receipt, SamplingParams, Ticket
-from turret.errors import Cancelled, DeadlineExceeded, Disconnected, NotFound, TurretError
+from turret.errors import BadRequest, Cancelled, DeadlineExceeded, Disconnected, NotFound, TurretError
 from turret.json_types import JsonObject
 from turret.server.auth import Caller, access_of
 from turret.server.engines import Input
@@ -353,12 +353,14 @@ _UNIT = "The unit of an experiment, such as a user's id. Overrides the body's `u
 def _asker(
     request: Request,
     response: Response,
-    turret_unit: Annotated[str | None, Header(max_length=MOST_UNIT, description=_UNIT)] = None,
+    turret_unit: Annotated[str | None, Header(description=_UNIT)] = None,
 ) -> Asker:
     """The header is read as UTF-8; if it is not UTF-8, as Latin-1. It counts as missing if it is empty."""
     unit = turret_unit or None
     with suppress(UnicodeDecodeError):
         unit = unit and unit.encode("latin-1").decode()
+    if unit is not None and len(unit) > MOST_UNIT:
+        raise BadRequest(f"Turret-Unit has {len(unit)} characters: at most {MOST_UNIT}")
     server: Services = request.app.state.services
     return Asker(server.view(access_of(request)), request, response, unit)
 

@@ -19,9 +19,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import from_json
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from turret.errors import BadRequest, TooLarge, printable
+from turret.errors import BadRequest, Disconnected, TooLarge, printable
 from turret.experiments.experiment import MOST_ARMS
 from turret.json_types import JsonObject, JsonValue, Plain
 from turret.server import limits, services
@@ -449,9 +450,16 @@ Owner: TypeAlias = Annotated[str, Depends(owner_of)]
 
 
 async def read_form(request: Request) -> FormData:
-    """The form of a request with one file. Close the form or the request afterwards. Raises BadRequest."""
+    """The form of a request with one file. Close the form or the request afterwards.
+
+    Raises:
+        BadRequest: it is no form, or has too much in it.
+        Disconnected: the client left while it sent the file.
+    """
     try:
         return await request.form(max_files=1, max_fields=8, max_part_size=MOST_FIELD)
+    except ClientDisconnect:
+        raise Disconnected("the client left while it sent its file") from None
     except HTTPException as error:
         raise BadRequest(f"the form cannot be read: {error.detail}") from None
 

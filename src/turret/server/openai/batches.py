@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
 import secrets
 import tempfile
 import time
@@ -284,7 +285,9 @@ async def cancel_batch(batch_id: BatchId, view: View, owner: Owner) -> BatchObje
 def _batch_object(batch: Batch) -> BatchObject:
     errors = None
     if batch.error is not None:
-        errors = BatchErrors(data=[BatchError(code="invalid_request", message=batch.error)])
+        named = NAMED_LINE.match(batch.error)
+        line = None if named is None else int(named[1])
+        errors = BatchErrors(data=[BatchError(code="invalid_request", message=batch.error, line=line)])
     times = {f"{state}_at": when for state, when in batch.times.items()}
     return BatchObject(
         id=batch.id,
@@ -324,6 +327,7 @@ MOST_DEATHS = 30  # of servers that work on a batch
 READ_BYTES = 1 << 20  # bytes that are read at a time
 AGAIN = (429, 503)  # statuses after which a line is tried again
 MOST_CUSTOM_ID = 512  # characters
+NAMED_LINE = re.compile(r"line (\d+)\b")  # how the message about a line begins
 
 
 @dataclass(frozen=True)
@@ -644,12 +648,19 @@ def _is_over(batch: Batch) -> bool:
 
 
 def validate_requests(path: Path, endpoint: str, most_bytes: int) -> int:
-    """The number of lines of a file of requests. Raises BadRequest for the first one that cannot be asked."""
+    """The number of requests in a file, one on each line. Blank lines at its end are no requests.
+
+    Raises:
+        BadRequest: for the first line that cannot be asked.
+    """
     seen: set[str] = set()
     with path.open("rb") as read:
         for number in range(1, MOST_LINES + 2):
             text = read.readline(most_bytes + 1)
             if not text:
+                break
+            if not text.strip():
+                _check_blank_end(read, number)
                 break
             if number > MOST_LINES:
                 raise BadRequest(f"the file has more than {MOST_LINES} lines: split it into several batches")
@@ -662,6 +673,13 @@ def validate_requests(path: Path, endpoint: str, most_bytes: int) -> int:
     if not seen:
         raise BadRequest("the file has no line: expected a request on each line")
     return len(seen)
+
+
+def _check_blank_end(read: BinaryIO, number: int) -> None:
+    """Raises BadRequest if a request follows a blank line. number: of that line, from 1."""
+    while piece := read.read(READ_BYTES):
+        if piece.strip():
+            raise BadRequest(f"line {number} is blank: expected one request on each line")
 
 
 def _parse_line(text: bytes, number: int, endpoint: str | None) -> Line:

@@ -23,6 +23,7 @@ from turret.server.questions import Asker, Asking, PendingAnswers, Reply, abstai
 from turret.server.routes import NO_EFFECT, USER, WHOLE, Model, Name, Text, User, View, router
 from turret.store.panels import MOST_LABELS, MOST_QUESTIONS, Panel, decisions_of
 from turret.tasks import Decision, QuestionType, label_probabilities
+from turret.tasks.shapes import Answer
 
 questions = router("infer")
 
@@ -86,7 +87,7 @@ class Verdict:
         probabilities: of each of the values, renormalised to a sum of 1.
         label_mass: the probability of the labels that were asked for, before that.
         complete: whether all labels of the adapter were asked for.
-        best: the number of the most probable value.
+        best: the number of the value that is the adapter's answer; if that was not asked for, of the most probable one.
         confidence: the probability that the adapter gave to it.
         threshold: the least probability of an answer, of the question or of its version's promise; None: there is none.
         decided: whether the confidence reaches it.
@@ -147,7 +148,7 @@ def _of_panel(panel: Panel, asked: Asked) -> Planned:
 
 def _match_labels(asked: Asked, decision: Decision, type_: QuestionType | None, who: str) -> tuple[str, ...]:
     """The labels of the values of a question. type_: how it may be asked; None: in any way that its labels allow."""
-    what = f"question {quote(asked.name, 40)}" if asked.name is not None else "the question"
+    what = _named(asked)
     known = quote_all(decision.labels, 120)
     if type_ is not None and asked.type not in ASKED_AS[type_]:
         raise BadRequest(f"{what} is a {asked.type} here and a {type_} in {who}: ask it as one; its labels are {known}")
@@ -157,14 +158,12 @@ def _match_labels(asked: Asked, decision: Decision, type_: QuestionType | None, 
                 f"{what} is a predicate, and {who} does not say which label is true: ask for a choice of {known}"
             )
         return decision.labels
-    labels = []
+    labels: list[str] = []
     for value in asked.values:
         label = decision.labels[value] if isinstance(value, bool) and decision.type == "predicate" else value
         if not isinstance(label, str) or label not in decision.labels:
             raise BadRequest(f"{what}: no label {quote(value, 40)}, {who} has {known}")
-        if label in labels:
-            raise BadRequest(f"{what}: {quote(label, 40)} is asked for twice: give each value once")
-        labels.append(label)
+        _add_label(labels, label, what)
     if asked.decision.ordered and decision.ordered:
         places = [decision.labels.index(label) for label in labels]
         if places != sorted(places):
@@ -172,13 +171,28 @@ def _match_labels(asked: Asked, decision: Decision, type_: QuestionType | None, 
     return tuple(labels)
 
 
-def judge(planned: Planned, found: Mapping[str, float], promised: float | None, version: str, receipt: str) -> Verdict:
+def _named(asked: Asked) -> str:
+    """How an error names a question."""
+    return f"question {quote(asked.name, 40)}" if asked.name is not None else "the question"
+
+
+def _add_label(labels: list[str], label: str, what: str) -> None:
+    """Append the label of a value. Raises BadRequest if another value of the question has it. what: the question."""
+    if label in labels:
+        raise BadRequest(f"{what}: {quote(label, 40)} is asked for twice: give each value once")
+    labels.append(label)
+
+
+def judge(planned: Planned, answer: Answer, promised: float | None, version: str, receipt: str) -> Verdict:
     """What an answer decides. Raises AdapterError if a label is missing.
 
+    The answer's own label counts, as for a promise: of levels it is the median, which may not be the most probable one.
+
     Args:
-        found: the probability of each label.
+        answer: of the adapter, to one text.
         promised: the threshold of the version's promise.
     """
+    found = label_probabilities(answer, planned.part)
     missing = [label for label in planned.labels if label not in found]
     if missing:
         raise AdapterError(
@@ -187,7 +201,9 @@ def judge(planned: Planned, found: Mapping[str, float], promised: float | None, 
         )
     own = [float(found[label]) for label in planned.labels]
     mass = sum(own)
-    best = max(range(len(own)), key=own.__getitem__)
+    likeliest = max(range(len(own)), key=own.__getitem__)
+    said = None if planned.part else answer.get("label")
+    best = planned.labels.index(said) if said in planned.labels else likeliest
     threshold = promised if planned.threshold is None else planned.threshold
     return Verdict(
         planned,
@@ -198,7 +214,7 @@ def judge(planned: Planned, found: Mapping[str, float], promised: float | None, 
         own[best],
         threshold,
         mass > 0 and (threshold is None or own[best] >= threshold),
-        own[best] >= max(found.values()),
+        own[likeliest] >= max(found.values()),
         version,
         receipt,
     )
@@ -244,9 +260,11 @@ def _ways(view: View, body: Body, text: str, asked: Sequence[Asked]) -> list[tup
     """How the base answers each question, what it is asked first, about the text, and about an empty one."""
     engine, found = view.engines.base_of(body.model).engine, []
     for each in asked:
-        labels = {value: _label(value) for value in (each.values or (False, True))}
-        described = {labels[value]: said for value, said in each.descriptions.items()}
-        question = untrained.Question(list(labels.values()), each.instructions, described)
+        labels: list[str] = []
+        for value in each.values or (False, True):
+            _add_label(labels, _label(value), _named(each))
+        described = {_label(value): said for value, said in each.descriptions.items()}
+        question = untrained.Question(labels, each.instructions, described)
         way = untrained.way_of(engine.base, question, room=engine.longest)
         found.append((way, way.first(), way.about(text), way.about(untrained.EMPTY) if body.prior else ()))
     return found
@@ -285,7 +303,7 @@ async def _promised_threshold(view: View, pending: PendingAnswers) -> float | No
 
 def _verdict(planned: Planned, pending: PendingAnswers, promised: float | None) -> Verdict:
     (answer,) = pending.complete
-    return judge(planned, label_probabilities(answer, planned.part), promised, str(pending.model), pending.id)
+    return judge(planned, answer, promised, str(pending.model), pending.id)
 
 
 def _headers(panel: Panel | None, pending: Sequence[PendingAnswers]) -> dict[str, str]:
@@ -496,13 +514,13 @@ class LevelProbability(BaseModel):
 class ScoreAnswer(Answered):
     type: Literal["score"] = "score"
     score: float = Field(description="The mean of the levels' numbers, from 0, by their probabilities.")
-    confidence: float = Field(description="The probability that the adapter gave to the most probable level.")
+    confidence: float = Field(description="The probability of the answered level: the median, if a `score` answers.")
     probabilities: list[LevelProbability]
 
 
 class RefusalAnswer(Answered):
     type: Literal["refusal"] = "refusal"
-    confidence: float = Field(description="Of the most probable answer.")
+    confidence: float = Field(description="The probability of the answer that is not given.")
     threshold: float | None = Field(description="That it does not reach: of the question, or of a promise.")
 
 

@@ -203,7 +203,7 @@ def _gives_numbers(view: View, model: str) -> bool:
     if view.engines.is_base(model):
         return False
     try:
-        spec = view.workspace.resolve(model).task
+        spec = view.workspace.resolve(view.aliases.exact(model)).task
     except TurretError:  # several adapters, or none of that name: asking says it
         return False
     return scores_pairs(spec)

@@ -53,9 +53,9 @@ class TextPart(Given):
 Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=limits.MOST_MESSAGES, fail_fast=True)]
 
 
-def text_of(content: str | list[TextPart]) -> str:
-    """The text of a content, its parts joined."""
-    return content if isinstance(content, str) else "".join(part.text for part in content)
+def _chat_content(content: str | list[TextPart]) -> str | list[JsonObject]:
+    """A content as chats spell it. Its parts stay apart: a chat joins them, and limits what they have together."""
+    return content if isinstance(content, str) else [{"type": "text", "text": part.text} for part in content]
 
 
 class InputMessage(Given):
@@ -417,9 +417,9 @@ def _messages(items: list[InputItem]) -> list[JsonObject]:
     given: list[JsonObject] = []
     for item in items:
         if isinstance(item, InputMessage):
-            given.append({"role": item.role, "content": text_of(item.content)})
+            given.append({"role": item.role, "content": _chat_content(item.content)})
         elif isinstance(item, CallOutput):
-            output = text_of(item.output)
+            output = _chat_content(item.output)
             given.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
         else:
             call = _wrap_function({"name": item.name, "arguments": item.arguments}) | {"id": item.call_id}
