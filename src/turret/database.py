@@ -71,6 +71,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     and_,
+    cast,
     false,
     func,
     insert,
@@ -832,10 +833,27 @@ def _versions(access: Access) -> ColumnElement[bool]:
     return _like(versions.c.manifest[("base", "id")].as_string(), access.bases)
 
 
+@lru_cache(KEPT)
+def _arms(access: Access) -> ColumnElement[bool]:
+    if "*" in access.bases:
+        return true()
+    is_arm = cast(experiments.c.arms, Text).contains('"' + versions.c.digest + '"')
+    own = select(func.count()).where(versions.c.adapter_id == experiments.c.adapter_id, is_arm, _versions(access))
+    return own.correlate(experiments).scalar_subquery() == func.json_array_length(experiments.c.arms)
+
+
 def seen_experiments(connection: Connection) -> ColumnElement[bool]:
-    """Rows of `experiments` of adapters that may be seen, for a query without `adapters`."""
+    """Rows of `experiments` that may be seen, for a query without `adapters`."""
     own = select(experiments.c.id).join(adapters, experiments.c.adapter_id == adapters.c.id)
-    return experiments.c.id.in_(own.where(seen_adapters(connection)))
+    return experiments.c.id.in_(own.where(seen_adapters(connection), seen_arms(connection)))
+
+
+def seen_arms(connection: Connection) -> ColumnElement[bool]:
+    """Rows of `experiments` whose versions are all on bases that may be used. The query must also limit `adapters`.
+
+    With limited bases an experiment of a version that was deleted is not seen: nothing tells its base.
+    """
+    return _arms(access_of(connection))
 
 
 def seen_runs(connection: Connection, kind: str = TRAINING) -> ColumnElement[bool]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from command_line import typed
+from server.console_forms import post, signed_in
 
 from turret.access import Access
 from turret.audit import read_actions as actions
@@ -219,6 +220,34 @@ def test_the_audit_log_is_read_in_pages_by_admins_of_the_tenant(serve, put, work
     assert ([each["what"] for each in last["actions"]], last["before"]) == (["a@1"], None)
     assert [each["what"] for each in running.client(theirs).get("/api/audit").json()["actions"]] == ["token t"]
     assert [each["what"] for each in running.client(limited).get("/api/audit").json()["actions"]] == ["b@1"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/usage?since=2026-13-45",
+        "/api/usage?until=2026-02-30",
+        "/api/audit?since=2026-13-45",
+        *(f"/api/audit?{field}=a%00b" for field in ("who", "verb", "what")),
+        "/api/audit?who=%00",
+    ],
+)
+def test_a_day_of_no_calendar_and_a_nul_are_refused(serve, put, path) -> None:
+    put("a")
+    client = serve().client()
+    got = client.get(path)
+    assert (got.status_code, "\n" in got.json()["error"]["message"]) == (400, False)
+    assert client.get("/store" + path.removeprefix("/api")).status_code == 400
+    assert client.get(path.partition("?")[0] + "?since=2026-02-28").status_code == 200
+
+
+def test_a_token_that_expires_makes_none_that_lives_for_ages(serve, workspace) -> None:
+    secret = workspace.tokens.create("boss", ALL, lifetime=86400.0)[1]
+    client = signed_in(serve(), secret)
+    page = post(client, "/store/tokens", name="long", scope="infer", expires="999999999d")
+    assert (page.status_code, "so it makes none that lives longer" in page.text) == (403, True)
+    assert [each.name for each in workspace.tokens.list()] == ["boss"]
+    assert post(client, "/store/tokens", name="short", scope="infer", expires="1h").status_code == 200
 
 
 def test_turret_audit_prints_who_did_what(workspace, put) -> None:

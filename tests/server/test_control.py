@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from server.console_forms import post
 from server.echo import probabilities
 
 from turret.server.limits import RequestLimits
@@ -112,6 +113,17 @@ def test_a_move_of_an_alias_is_kept_with_the_token_that_asked_for_it(serve, put,
     *asked, own = (move["who"] for move in workspace.show("a@1")["alias_history"])
     assert asked == ["token ann", "token bob", "token ann"]
     assert own == workspace.resolve("a@1").who
+
+
+@pytest.mark.parametrize("version", ["1" * 5000, "1" * 10, "\u0661", "-1", ""])
+def test_a_version_that_a_form_names_is_a_short_number(serve, put, workspace, version) -> None:
+    put()
+    workspace.panels.create("p", {"q": "a@1"})
+    client = serve().client()
+    for path in ("/adapters/a/move/promote", "/panels/p/promote"):
+        got = post(client, path, version=version, alias="production")
+        assert (got.status_code, "expected a number of at most 9 digits" in got.text) == (400, True)
+        assert post(client, path, version="1", alias="production").status_code == 303
 
 
 def test_gates_hold_and_are_told(serve, put, workspace) -> None:

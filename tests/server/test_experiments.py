@@ -47,9 +47,9 @@ def test_a_unit_is_the_same_in_a_header_in_the_body_and_in_every_kind_of_answer(
             assert (got.headers["turret-arm"], got.headers["turret-version"]) == (arm, version), path
     utf8 = client.post("/v1/classify", json={"model": "a", "input": "x"}, headers=[(b"turret-unit", "Zoë".encode())])
     assert utf8.headers["turret-arm"] == asked(client, "Zoë").headers["turret-arm"]
-    for letters, status in (("ж" * 1024, 200), ("ж" * 1025, 400)):  # characters, not bytes
+    for letters, wanted in (("ж" * 1024, 200), ("ж" * 1025, 400)):  # characters, not bytes
         said = [(b"turret-unit", letters.encode())]
-        assert client.post("/v1/classify", json={"model": "a", "input": "x"}, headers=said).status_code == status
+        assert client.post("/v1/classify", json={"model": "a", "input": "x"}, headers=said).status_code == wanted
 
 
 @pytest.mark.slow

@@ -395,6 +395,33 @@ def test_a_wrong_value_is_one_line_with_and_without_scripts(serve, store_task, n
     assert (got.status_code in (400, 413), problems(got)) == (True, [line])
 
 
+@pytest.mark.parametrize(
+    ("count", "role", "fits"), [(255, "user", True), (256, "assistant", False), (256, "user", False)]
+)
+def test_a_conversation_without_room_for_a_turn_and_its_answer_is_one_line(serve, put, count, role, fits) -> None:
+    put()
+    client = serve().client()
+    turn = {"role": "user", "content": "x"}
+    thread = json.dumps({"model": "a@1", "messages": [*[turn] * (count - 1), turn | {"role": role}]})
+    text = "" if role == "user" else "x"
+    for headers in (None, HTMX):
+        page = ask(client, headers, model="a@1", thread=thread, text=text, **{"as": "chat"})
+        assert (page.status_code, any("the conversation has" in line for line in problems(page))) == (200, not fits)
+
+
+@pytest.mark.parametrize("name", ["rerank", "embedding", "classify"])
+def test_the_rows_of_a_file_have_no_page_of_one_answer(serve, store_task, name) -> None:
+    task, answer = HEADS[name][:2] if name in HEADS else (SPECS[name][0], {})
+    store_task(name, **{"kind": name, **task})
+    client = serve(heads={name: answer}).client()
+    table = json.dumps({"name": "a", "columns": ["t", "u"], "rows": [["a text", "one"]]})
+    fields = {"as": "file", "table": table, "text_column": "t", "second_column": "u", "model": f"{name}@1"}
+    got = ask(client, HTMX, "/playground/answer", **fields)
+    (line,) = problems(got)
+    assert (got.status_code, "the rows of a file" in line) == (400, True)
+    assert (ask(client, **fields).status_code, problems(ask(client, **fields))) == (200, [])
+
+
 def test_words_of_a_conversation_are_escaped_and_too_many_versions_are_refused(serve, put) -> None:
     put()
     client = serve().client()

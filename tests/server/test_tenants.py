@@ -47,9 +47,11 @@ def named(name: str, run: str, receipt: str) -> dict[str, Any]:
 def put_for(workspace: Workspace, tmp_path):
     """Stores a version for a tenant; equal seeds are equal bytes."""
 
-    def put(tenant: str, name: str, seed: int, base: str = FINGERPRINT, comparison: str | None = None) -> Any:
+    def put(
+        tenant: str, name: str, seed: int, base: str = FINGERPRINT, comparison: str | None = None, id: str = "echo"
+    ) -> Any:
         task = {"kind": "classify", "labels": list(LABELS)}
-        said = {"base": {"id": "echo", "fingerprint": base}, "task": task}
+        said = {"base": {"id": id, "fingerprint": base}, "task": task}
         bundle = write_bundle(tmp_path / "bundles", tensors(seed), said=said)
         return workspace.with_access(Access(tenant)).store.put(name, bundle, comparison=comparison)
 
@@ -375,6 +377,35 @@ def test_an_experiment_takes_no_request_and_no_outcome_of_a_token_that_does_not_
         running.client(secret).post("/api/outcomes", json={"receipt": here["receipt"], "value": 1}).json()["outcomes"]
     )
     assert result["status"] == "counted"
+
+
+def test_a_token_of_one_base_neither_sees_nor_ramps_an_experiment_on_another(serve, workspace, put_for) -> None:
+    for seed, base in enumerate(("other", "other", FINGERPRINT)):
+        put_for("default", "news", seed, base, id="echo" if base == FINGERPRINT else "other")
+    workspace.promote("news@1", "production")
+    workspace.experiment("news").start(["news@2"])
+    secret = workspace.tokens.create("limited", ALL, bases=["echo"])[1]
+    limited = serve().client(secret)
+    assert limited.get("/api/experiments").json()["experiments"] == []
+    assert limited.post("/api/experiments/news/ramp", json={"share": 0.5}).status_code == 404
+
+
+def test_a_limited_token_takes_over_no_panel_and_no_name(serve, workspace, put_for) -> None:
+    for seed, name in enumerate(("legal-a", "secret")):
+        put_for("default", name, seed)
+    workspace.panels.create("p", {"q": "secret@1"})
+    secret = workspace.tokens.create("limited", ALL, adapters=["legal-*"])[1]
+    limited = serve().client(secret)
+
+    def made(name: str) -> tuple[int, str]:
+        body = {"name": name, "questions": [{"name": "q", "reference": "legal-a@1"}]}
+        got = limited.post("/api/panels", json=body)
+        return got.status_code, got.text.replace(f"'{name}'", "NAME")
+
+    assert made("legal-panel")[0] == 200
+    assert made("free")[0] == 404
+    assert {made(name) for name in ("p", "secret", "echo", "free")} == {made("free")}
+    assert [str(each) for each in workspace.panels.list()] == ["legal-panel@1", "p@1"]
 
 
 def test_the_figures_of_the_whole_server_are_for_the_tenant_default(serve, workspace, put_for) -> None:

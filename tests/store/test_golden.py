@@ -13,6 +13,11 @@ from turret.store.golden import Example, GoldenReplay, GoldenSet
 
 CLASSIFIES = {"task": {"kind": "classify", "labels": ["bad", "good"]}}
 WRITES = {"task": {"kind": "generate"}}
+READS_TWO = {"task": {"kind": "text_pairs", "labels": ["bad", "good"], "pairs": True}}
+RERANKS = {"task": {"kind": "rerank", "pairs": True}}
+MARKS = {"task": {"kind": "token_classification", "labels": ["bad", "good"]}}
+MEASURES = {"task": {"kind": "regression", "pairs": False}}
+EMBEDS = {"task": {"kind": "embedding"}}
 
 
 def labelled(*labels: str) -> GoldenSet:
@@ -164,6 +169,11 @@ def test_what_is_not_asked_for_cannot_be_taken_off(store, put) -> None:
         (CLASSIFIES, labelled("good", "god"), r"expects label 'god' in example 2, but a@1 has labels bad, good"),
         (WRITES, labelled("good"), r"expects labels, but a@1 generates texts"),
         (CLASSIFIES, GoldenSet((Example("x", "equals", "y"),)), r"expects texts, but a@1 classifies"),
+        (READS_TWO, labelled("good"), r"has one text in each example, but a@1 reads two texts together"),
+        (RERANKS, labelled("good"), r"has one text in each example, but a@1 reads two texts together"),
+        (MARKS, labelled("good"), r"expects labels, but a@1 answers with spans"),
+        (MEASURES, labelled("3"), r"expects labels, but a@1 answers with numbers"),
+        (EMBEDS, GoldenSet((Example("x", "equals", "y"),)), r"expects texts, but a@1 answers with vectors"),
     ],
 )
 def test_a_version_that_could_never_pass_is_refused_unasked(store, put, said, wanted, complaint) -> None:

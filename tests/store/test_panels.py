@@ -204,6 +204,34 @@ def test_a_limited_token_sees_a_panel_only_with_all_its_adapters(store, known) -
     assert names("topic", "grade") == []
 
 
+def test_a_limited_token_makes_no_panel_of_a_name_that_it_does_not_see(store, known, put) -> None:
+    store.panels.create("p", {"grade": "grade"})
+    store.panels.create("t-two", {"topic": "topic", "grade": "grade"})
+    store.panels.create("t-two", {"topic": "topic"})  # the token sees this version alone
+    limited = store.with_access(Access(adapters=("t-*", "topic"))).panels
+    errors = set()
+    for name in ("p", "grade", "nobody", "echo", "t-two"):
+        with pytest.raises(NotFound, match="that you may make: choose another name, of 't-\\*', 'topic'") as refused:
+            limited.create(name, {"topic": "topic@1"})
+        errors.add(str(refused.value).replace(f"'{name}'", "NAME"))
+    assert len(errors) == 1
+    assert [str(each) for each in store.panels.list()] == ["p@1", "t-two@1", "t-two@2"]
+    assert [str(limited.create("t-one", {"topic": each})) for each in ("topic", "topic@1")] == ["t-one@1", "t-one@2"]
+    with pytest.raises(InUse, match="an adapter is called topic"):
+        limited.create("topic", {"topic": "topic"})
+
+
+def test_a_token_limited_to_a_base_makes_no_panel_of_a_name_on_another(store, put) -> None:
+    for name, base in (("mine", "echo"), ("theirs", "other")):
+        put(name, said={"base": {"id": base, "fingerprint": "sha256:x"}, "task": TOPIC})
+    store.panels.create("p", {"topic": "theirs"})
+    limited = store.with_access(Access(bases=("echo",))).panels
+    for name in ("p", "theirs"):
+        with pytest.raises(NotFound, match=f"no panel '{name}' that you may make"):
+            limited.create(name, {"topic": "mine"})
+    assert str(limited.create("q", {"topic": "mine"})) == "q@1"
+
+
 def test_panels_made_at_once_get_numbers_of_their_own(store, known) -> None:
     made: list[str | TurretError] = []
 

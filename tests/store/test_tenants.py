@@ -9,7 +9,7 @@ from store.bundles import tensors
 
 from turret.access import NOBODY, Access, acting, acting_name, check_patterns, check_tenant, tenant_access
 from turret.database import SCHEMA
-from turret.errors import BadReference, InUse, NotFound
+from turret.errors import BadReference, ExperimentError, InUse, NotFound
 from turret.experiments import Guards
 from turret.store import Store
 from turret.store.access_tokens import token_with_secret
@@ -160,6 +160,30 @@ def test_who_sees_one_base_sees_its_moves_and_removals_alone(store: Store, put) 
     store.promote("a@3", "production"), store.promote("a@1", "production")
     history = store.with_access(Access(bases=("mine",))).show("a@1")["alias_history"]
     assert [move["version"] for move in history] == [1, 2, 1, 1]
+
+
+def test_who_sees_one_base_sees_no_experiment_of_versions_on_another(store: Store, put) -> None:
+    for base in ("theirs", "theirs", "mine", "mine"):
+        put("news", said={"base": {"id": base, "fingerprint": "sha256:x"}})
+    whole = Workspace(store.location)
+    mine, theirs = (Workspace(store.location).with_access(Access(bases=(base,))) for base in ("mine", "theirs"))
+    whole.promote("news@4", "other")
+    for control, candidate, seen in ((1, 2, theirs), (3, 4, mine), (1, 3, None)):
+        whole.promote(f"news@{control}", "production")
+        whole.experiment("news").start([f"news@{candidate}"], guards=Guards(worse_by=None))
+        receipt = f"receipt-{control}-{candidate}"
+        whole.experiment("news").assign("user", receipt=receipt)
+        for workspace in (mine, theirs):
+            told = workspace.router().outcome(1, receipt=receipt).status
+            running = [each for each in workspace.experiments() if each["state"] == "running"]
+            assert (len(running), told) == ((1, "counted") if workspace is seen else (0, "unknown"))
+        if seen is not mine:
+            with pytest.raises(ExperimentError, match="has a running experiment with versions that you may not use"):
+                mine.experiment("news").start(["news@3"], alias="other", guards=Guards(worse_by=None))
+            with pytest.raises((NotFound, ExperimentError), match=r"no experiment on news|has ended"):
+                mine.experiment("news").ramp(0.5)
+        whole.experiment("news").stop()
+    assert [len(each.experiments()) for each in (whole, mine, theirs)] == [3, 1, 1]
 
 
 def test_tokens_belong_to_a_tenant_and_keep_what_they_are_bound_to(store: Store) -> None:

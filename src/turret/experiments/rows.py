@@ -22,6 +22,7 @@ from turret.database import (
     experiments,
     insert_row,
     seen_adapters,
+    seen_arms,
 )
 from turret.errors import Corrupt, ExperimentError, NotFound
 from turret.experiments import assign
@@ -74,6 +75,9 @@ def begin(connection: Connection, settings: Experiment, split: float | Mapping[s
             f"{current} has been running since {to_minute(current.created)}: stop it with "
             f"`turret experiment stop {current.adapter}` before you start another"
         )
+    hidden = select(experiments.c.id).where(experiments.c.adapter_id == adapter_id, experiments.c.state == RUNNING)
+    if connection.execute(hidden).first() is not None:
+        raise ExperimentError(f"{settings.adapter} has a running experiment with versions that you may not use")
     fields = asdict(settings)
     last = connection.execute(select(func.max(experiments.c.number)).where(experiments.c.adapter_id == adapter_id))
     row = {
@@ -253,7 +257,7 @@ _EXPERIMENTS = (
 
 def _select(connection: Connection, condition: ColumnElement[bool]) -> list[Experiment]:
     """Experiments with their newest split, by name and number."""
-    query = _EXPERIMENTS.where(condition, seen_adapters(connection))
+    query = _EXPERIMENTS.where(condition, seen_adapters(connection), seen_arms(connection))
     return [_experiment_of(row) for row in connection.execute(query).mappings().all()]
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from datetime import date
 from typing import Annotated
 
 from pydantic import Field
 
 from turret import audit
 from turret.access import ADAPTERS, BASES, MOST_PATTERNS, Access, check_tenant
-from turret.errors import Forbidden, NotFound
+from turret.errors import BadRequest, Forbidden, NotFound
 from turret.server.auth import Caller
 from turret.server.error_responses import as_bad_request
 from turret.server.limits import Quota
@@ -81,7 +82,9 @@ def create(view: View, caller: Caller, wanted: TokenRequest, tenant: str | None 
     known = tokens_of(view, caller, tenant)
     _require_no_quota(view, caller)
     _require_scopes(caller, wanted.scopes)
-    if caller.expires is not None and (lifetime is None or timestamp(time.time() + lifetime) > caller.expires):
+    if caller.expires is not None and (
+        lifetime is None or lifetime > LONGEST or timestamp(time.time() + lifetime) > caller.expires
+    ):
         raise Forbidden(f"this token ends at {caller.expires}, so it makes none that lives longer: set an earlier end")
     with as_bad_request():
         made = known.create(**dict(wanted))
@@ -126,7 +129,13 @@ def _require_scopes(caller: Caller, scopes: Sequence[str]) -> None:
 def read_usage(
     view: View, caller: Caller, tenants: Sequence[str | None], since: str | None, until: str | None
 ) -> Sequence[usage.Usage]:
-    """The usage of tenants by adapter and day, of the last seconds too; None: of the caller's own."""
+    """The usage of tenants by adapter and day, of the last seconds too; None: of the caller's own.
+
+    Raises:
+        BadRequest: `since` or `until` is no day.
+    """
+    _check_day(since)
+    _check_day(until)
     databases = [workspace_of(view, caller, each).store.database(make=True) for each in tenants]
     view.services.usage.flush()
     return [row for each in databases for row in usage.read_usage(each, since, until)]
@@ -139,7 +148,22 @@ def audit_page(
 
     Args:
         filters: since, who, verb and what, of `turret.audit.read_actions`.
+
+    Raises:
+        BadRequest: `since` is no day, or a filter has a NUL character.
     """
+    _check_day(filters.get("since"))
+    for field, part in filters.items():
+        if part is not None and "\0" in part:
+            raise BadRequest(f"{field} {ascii(part)[:40]}: a NUL character is in no action")
     with workspace_of(view, caller, tenant).store.database(make=True).reading() as connection:
         found = audit.read_actions(connection, below=before, limit=limit + 1, **filters)
     return found[:limit], found[limit - 1].id if len(found) > limit else None
+
+
+def _check_day(text: str | None) -> None:
+    """Raise BadRequest for a day that no calendar has."""
+    try:
+        date.fromisoformat(text or "2000-01-01")
+    except ValueError:
+        raise BadRequest(f"day {ascii(text)[:40]}: expected year, month and day, such as 2026-11-27") from None

@@ -141,7 +141,7 @@ class Panels:
             questions: references by the names of their questions, or questions.
 
         Raises:
-            NotFound: a reference names no version.
+            NotFound: a reference names no version, or a limited access may not use the name.
             InUse: an adapter has the name.
             AdapterError: a version decides nothing.
             DataError: a question does not fit its version.
@@ -151,7 +151,9 @@ class Panels:
         with self._made().writing() as connection:
             every = [one for each in asked for one in _expand_question(connection, each)]
             _check_names(every)
-            return _create(connection, name, [_complete_question(connection, each) for each in every])
+            completed = [_complete_question(connection, each) for each in every]
+            _require_own_name(connection, name)
+            return _create(connection, name, completed)
 
     def list(self) -> Sequence[Panel]:
         """All versions that may be seen, by name and number."""
@@ -373,6 +375,28 @@ def _seen_panel(connection: Connection, panel: Panel) -> Panel | None:
     names = {each.adapter.partition("@")[0] for each in panel.questions}
     query = select(adapters.c.name).where(adapters.c.name.in_(names), seen_adapters(connection))
     return panel if names == set(connection.execute(query).scalars()) else None
+
+
+def _require_own_name(connection: Connection, name: str) -> None:
+    """Raise NotFound if a limited access may not make a panel of this name, or a version of it.
+
+    It may not use a name that it cannot see, that of an adapter that it does not see, and that of a panel with a
+    version that it does not see. The error is the same for each.
+    """
+    access = access_of(connection)
+    if access.whole:
+        return
+    own = access.sees(name)
+    if own:
+        named = (adapters.c.tenant == access.tenant) & (adapters.c.name == name)
+        unseen = select(adapters.c.id).where(named, ~seen_adapters(connection))
+        versions = connection.execute(_rows(connection).where(panels.c.name == name)).mappings()
+        own = connection.execute(unseen).first() is None
+        own = own and all(_seen_panel(connection, _panel(row)) is not None for row in versions.all())
+    if not own:
+        raise NotFound(
+            f"no panel {ascii(name)[:60]} that you may make: choose another name, of {quote_all(access.adapters, 120)}"
+        )
 
 
 def _create(connection: Connection, name: str, questions: Sequence[Question]) -> Panel:

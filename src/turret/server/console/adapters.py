@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Annotated
@@ -181,8 +182,8 @@ def _plain(versions: Sequence[Version]) -> Version | None:
 def _version_in(form: Form, name: str) -> str:
     """The reference of the version that a form names. Raises BadRequest."""
     number = form.text("version")
-    if not number.isdecimal():
-        raise BadRequest(f"version {ascii(number)[:40]}: expected a number")
+    if not re.fullmatch("[0-9]{1,9}", number):
+        raise BadRequest(f"version {ascii(number)[:40]}: expected a number of at most 9 digits")
     return f"{name}@{int(number)}"
 
 

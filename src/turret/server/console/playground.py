@@ -208,6 +208,9 @@ def thread_of(form: Form, model: str) -> tuple[Thread, list[Turn]]:
         added += [Turn(role="tool", content=text, tool_call_id=id) for id, text in results.items()]
     if form.text("text") or not earlier.messages:
         added.append(Turn(role="user", content=_text(form)))
+    turns = [*earlier.messages, *added]
+    if len(turns) > MOST_MESSAGES - (turns[-1].role != "assistant"):  # the answer is a turn too
+        raise BadRequest(f"the conversation has {len(turns)} turns: expected under {MOST_MESSAGES}, begin a new one")
     return earlier, added
 
 
@@ -498,6 +501,8 @@ async def ask(page: Page, view: View, form: Sent) -> Response:
 async def answer(page: Page, view: View, form: Sent) -> Response:
     """One answer, with its time and the time of its load."""
     model = model_of(form)
+    if mode_of(form) == "file":
+        raise BadRequest("the rows of a file have no answer of their own: ask them by the form of the playground")
     (kind,) = await view.control(_kinds, view, [model])
     if isinstance(kind, TurretError):
         raise kind
