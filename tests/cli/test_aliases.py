@@ -53,6 +53,16 @@ def test_promote_and_rollback_say_what_the_alias_names_and_named(said) -> None:
     assert err.count("\n") == 1
 
 
+def test_a_version_that_reads_two_texts_is_asked_about_two(said, stored, tmp_path) -> None:
+    for name, task in {
+        "mood": {"kind": "classify", "labels": ["a", "b"]},
+        "rank": {"kind": "rerank", "pairs": True},
+    }.items():
+        Store(stored).put(name, write_bundle(tmp_path, name.encode(), said={"task": task}))
+    assert '"a text of your own" --store' in said("promote", "mood", "production")
+    assert '"a text of your own" "another text" --store' in said("promote", "rank", "production")
+
+
 def test_promote_and_rollback_json_have_stable_keys(said) -> None:
     said("promote", "news@1", "candidate")
     moved = told(said("promote", "news@2", "candidate", "--json"))

@@ -119,6 +119,30 @@ def test_columns_that_do_not_fit_are_refused_with_those_that_are_there(
         load(path, kind, **fields)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kind", "fields", "said"),
+    [
+        ("text stars", "regression", {"text": "text"}, "the label beside 'text' is.*: add --label COLUMN$"),
+        ("text stars", "regression", {}, r"set data\.text and data\.label \(--text COLUMN --label COLUMN\)$"),
+        ("premise hypothesis near", "regression", {"text": "premise"}, "the label beside 'premise' is"),
+        ("sentence1 sentence2 near", "regression", {}, r"set data\.text, data\.text_pair and data\.label \("),
+        (
+            "asked chosen rejected",
+            "preference",
+            {"chosen": "chosen", "rejected": "rejected"},
+            "the prompt beside 'chosen', 'rejected' is.*: add --prompt COLUMN$",
+        ),
+        ("a b c", "preference", {}, r"set data\.prompt, data\.chosen and data\.rejected$"),
+    ],
+)
+def test_the_columns_that_a_task_lacks_are_the_fewest_that_fit_the_table(
+    tmp_path: Path, heads: str, kind: Any, fields: dict[str, str], said: str
+) -> None:
+    rows = [{head: f"{i} {head}" for head in heads.split()} for i in range(8)]
+    with pytest.raises(DataError, match=said):
+        load(write_csv(tmp_path / "t.csv", rows), kind, **fields)
+
+
 def test_unknown_columns_are_listed_with_the_setting_that_names_them(tmp_path: Path) -> None:
     rows = [{"a": "x", "b": "y"}] * 3
     said = r"cannot tell which columns to use; the columns are 'a', 'b': set data.text.*`turret init FILE`"

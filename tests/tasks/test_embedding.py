@@ -23,7 +23,7 @@ from turret.data import Example, Prompt, Related, Scored, TextPair
 from turret.errors import DataError
 from turret.methods import LoRA
 from turret.recipe import Task
-from turret.tasks import make_task, task_from_spec
+from turret.tasks import main_metric, make_task, task_from_spec
 from turret.tasks.embedding import TextEmbedding
 from turret.tasks.task import TOGETHER
 from turret.train.batches import EncodedRows, micro_batches
@@ -289,6 +289,11 @@ def test_a_text_is_answered_by_its_vector_and_two_by_their_similarity() -> None:
     assert TextEmbedding.line(two) == "0.707"
     assert TextEmbedding.line(one) == "2 numbers: 0.600 0.800 …"
     assert TextEmbedding.prediction_of(one) == "[0.6000000238418579, 0.800000011920929]"
+
+
+def test_metrics_of_fewer_dimensions_are_those_of_an_embedding() -> None:
+    values = {"main_score": 0.9, "spearman": 0.9, "pearson": 0.8, "loss": 5.1, "main_score_64": 0.85}
+    assert main_metric(values) == "main_score"
 
 
 def test_a_stored_task_is_the_same_again() -> None:

@@ -22,8 +22,9 @@ from turret import adapters
 from turret.adapters import packed
 from turret.adapters.hooks import hook_model
 from turret.data import Labelled, Prompt, Scored, TextPair
+from turret.data.dataset import read_inputs, read_rows
 from turret.errors import DataError
-from turret.recipe import Task
+from turret.recipe import Data, Task
 from turret.tasks import make_task, metrics, task_from_spec
 from turret.tasks.regression import Regression
 from turret.tasks.rerank import Rerank
@@ -160,6 +161,17 @@ def test_columns_of_two_texts_are_found_and_rows_without_one_are_counted(tmp_pat
     assert isinstance(data.train[0].asked, TextPair)
     assert any("1 of 22 rows without 'hypothesis' is left out" in note for note in data.notes)
     assert any("1 of 22 rows without 'label' is left out" in note for note in data.notes)
+
+
+def test_a_row_of_inputs_with_a_blank_beside_a_text_is_named(tmp_path: Path) -> None:
+    rows = [{"premise": "a fox", "hypothesis": "a dog"}, {"premise": "a cat", "hypothesis": ""}]
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(
+        DataError, match=r"a\.jsonl line 2 has a blank in 'premise', 'hypothesis', which are read togeth"
+    ):
+        read_inputs(Data(source=str(path)), TextPairs.schema())
+    asked = [row.input for row in read_rows(Data(source=str(path)), TextPairs.schema()).read()]
+    assert asked == [TextPair("a fox", "a dog"), ""]  # `predict --out` flags the second one
 
 
 def test_a_named_text_and_label_are_one_text_although_there_is_a_second(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from turret.train.batches import EncodedRows
 from turret.train.curve import read_curve
 from turret.train.evaluation import evaluate
 from turret.train.initialize import attach
+from turret.train.loop import rank_of
 from turret.train.losses import loss_of
 from turret.train.memory import explain_out_of_memory
 from turret.train.slot import LocalSlot
@@ -348,6 +349,13 @@ def test_the_best_weights_by_the_validation_split_are_kept_and_stopping_early_st
     assert metrics["accuracy"] == best["accuracy"]
     assert metrics["loss"] == pytest.approx(best["loss"], rel=1e-6)
     assert records[-1].step == fitted.progress.best_step + 3
+
+
+def test_the_best_weights_of_an_embedding_of_several_lengths_have_the_highest_main_score() -> None:
+    better = {"main_score": 0.9, "main_score_64": 0.8, "loss": 2.0}
+    worse = {"main_score": 0.5, "main_score_64": 0.4, "loss": 1.0}
+    assert rank_of(better, "embedding") > rank_of(worse, "embedding")
+    assert rank_of({"loss": 1.0}, "embedding") > rank_of({"loss": 2.0}, "embedding")
 
 
 def test_the_best_prefix_is_what_answers_after_the_run() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small_models
@@ -11,13 +12,18 @@ import torch
 
 from turret import LoRA, Workspace, adapters, bases, bundles
 from turret.errors import DataError
+from turret.tasks.questions import Questions
 
 TEXTS = [f"{words}, number {number}" for number in range(12) for words in ("a great film", "a dull story")]
+QUESTIONS = ("topic: bank", "topic: film", "urgent: no", "urgent: yes")
 
 
-def made(name: str, seed: int, folder: Path, source: Path) -> Path:
-    base = bases.load(str(source), task="classify", num_labels=2)
-    task = tiny_training.task_of(tiny_training.recipe(task__max_tokens=40), tiny_training.dataset(), base)
+def made(name: str, seed: int, folder: Path, source: Path, *labels: str) -> Path:
+    """The bundle of a classifier, or with labels of a version that answers several questions."""
+    base = bases.load(str(source), task="classify", num_labels=len(labels) or 2)
+    task: Any = tiny_training.task_of(tiny_training.recipe(task__max_tokens=40), tiny_training.dataset(), base)
+    if labels:
+        task = Questions(labels, base.tokenizer, 40)
     adapters.attach(base.model, LoRA(init_lora_weights=False), generator=torch.Generator().manual_seed(seed))
     tensors, head, method = adapters.extract(base.model)
     head = {key: value + 0.1 * place * (1 - 2 * seed) for place, (key, value) in enumerate(head.items())}
@@ -32,6 +38,7 @@ def workspace(tmp_path_factory) -> Workspace:
     source, workspace = small_models.save_base("bert", folder / "bert"), Workspace(folder / "store")
     for seed in (0, 1):
         workspace.store.put("tone", made(f"tone{seed}", seed, folder, source))
+        workspace.store.put("mail", made(f"mail{seed}", seed, folder, source, *QUESTIONS))
     return workspace
 
 
@@ -58,3 +65,13 @@ def test_without_data_the_golden_examples_of_production_are_asked(workspace, tmp
     workspace.gate("tone", "production", golden=golden)
     found = workspace.replay("tone@1", "tone@2")
     assert (found.source, found.score, found.paired.a) == ("golden examples", "passed", 1.0)
+
+
+def test_golden_examples_of_several_questions_pass_if_every_answer_is_right(workspace, tmp_path) -> None:
+    answers = [answer["answers"].items() for answer in workspace.predict("mail@1", TEXTS)]
+    right = ["|".join(f"{question}: {each['label']}" for question, each in answer) for answer in answers]
+    golden = tmp_path / "golden.csv"
+    golden.write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in zip(TEXTS, right, strict=True)))
+    workspace.gate("mail", "production", golden=golden)
+    assert workspace.replay("mail@1", "mail@2").paired.a == 1.0
+    assert workspace.replay("mail@2", "mail@1").paired.b == 1.0

@@ -191,7 +191,7 @@ def predict(
     out: Annotated[
         Path | None, Option(metavar="FILE", help="Write rows and answers to a .csv, .tsv, .jsonl or .xlsx.")
     ] = None,
-    top: Annotated[int, Option(help="Labels to show for each text, the most probable first.")] = 1,
+    top: Annotated[int, Option(help="Labels to show for each text: the answer, then the most probable others.")] = 1,
     coverage: Annotated[float | None, Option(help="Also give sets that hold the right label this often: 0.9.")] = None,
     bare: Annotated[bool, Option(help="Ask the base alone, with the same prompt.")] = False,
     device: options.Device = "auto",
@@ -472,7 +472,7 @@ def _with_top(answer: Answer, top: int) -> JsonObject:
 def _print_answers(
     task: type[Task], texts: Sequence[Input], answers: Sequence[Answer], top: int, coverage: float | None
 ) -> None:
-    from turret.workspace.answering import ranked_labels
+    from turret.workspace.predicted_file import other_labels
 
     for text, answer in zip(texts, answers, strict=True):
         short = cut(printable(str(text)), 72)
@@ -481,7 +481,7 @@ def _print_answers(
             continue
         line = task.line(answer)
         if top > 1:
-            line = "  ".join(f"{label} {p:.2f}" for label, p in ranked_labels(answer)[:top])
+            line = "  ".join([line, *(f"{label} {p:.2f}" for label, p in other_labels(task, answer)[: top - 1])])
         person = "  [yellow]to a person[/]" if answer.get("abstain") else ""
         console().print(f"[bold]{safe(line)}[/]{person}  [dim]{safe(short)}[/]")
         if coverage is not None:

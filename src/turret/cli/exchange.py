@@ -11,6 +11,7 @@ from typer import Argument, Option
 from turret.amounts import many, size
 from turret.cli import options
 from turret.cli.output import console, grid, safe
+from turret.cli.train import predict_command
 from turret.errors import RecipeError
 from turret.json_types import JsonObject
 
@@ -89,7 +90,8 @@ def export(
 
 def _offer_use(command: options.Command, found: Imported | Merged) -> None:
     """Offer to ask the version that was stored, and to measure it."""
-    command.offer(f'predict {found.version} "a text of your own"', f"evaluate {found.version} OTHER.csv")
+    task = command.workspace.resolve(found.version).task
+    command.offer(predict_command(found.version, task), f"evaluate {found.version} OTHER.csv")
 
 
 def print_imported(found: Imported) -> None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from turret.recipe import Recipe
     from turret.store.jobs import StudyRow
     from turret.store.runs import RunRow
+    from turret.tasks.shapes import TaskSpec
     from turret.train.curve import StepRecord
     from turret.workspace import Planned, RunResult, Workspace
 
@@ -73,7 +74,11 @@ def train(
             on_warning=progress.warning,
             fresh=fresh,
         )
-    command.report(result, lambda stored: progress.show_result(stored, str(command.store)))
+
+    def show(stored: RunResult) -> None:
+        progress.show_result(stored, str(command.store), command.workspace.resolve(stored.version).task)
+
+    command.report(result, show)
 
 
 def plan(source: options.Source, training: options.Training, command: options.Command) -> None:
@@ -223,10 +228,10 @@ class Progress(Closing):
             left = span(self._seconds / self._steps * (record.steps - record.step))
             self._err.print(f"step {record.step}/{record.steps}  {self._text(record)}  {left} left")
 
-    def show_result(self, result: RunResult, store: str) -> None:
-        """The training has ended."""
+    def show_result(self, result: RunResult, store: str, task: TaskSpec | None = None) -> None:
+        """The training has ended. task: of the stored version."""
         self.close()
-        print_result(result, store, self._out)
+        print_result(result, store, self._out, task)
 
     def _text(self, record: StepRecord, room: int = 240) -> str:
         """What is known, in at most `room` characters: first the memory is left out, then the rate, then the metric."""
@@ -275,8 +280,13 @@ def print_plan(planned: Planned, out: Console) -> None:
     out.print()
 
 
-def print_result(result: RunResult, store: str, out: Console) -> None:
-    """Print what was stored, its cost, and the next commands."""
+def predict_command(reference: str, task: TaskSpec) -> str:
+    """The command that asks a version of this task something, without `turret`."""
+    return f'predict {reference} "a text of your own"' + (' "another text"' if task.get("pairs") else "")
+
+
+def print_result(result: RunResult, store: str, out: Console, task: TaskSpec | None = None) -> None:
+    """Print what was stored, its cost, and the next commands. task: of the stored version."""
     out.print(f"[bold green]{safe(result.version)}[/]  [dim]{safe(result.digest)}[/]")
     out.print(grid(_result(result)))
     for warning in result.warnings:
@@ -285,7 +295,7 @@ def print_result(result: RunResult, store: str, out: Console) -> None:
         out.print(f"  [yellow]advice[/]  {safe(advice)}")
     offer_commands(
         [
-            f'predict {result.version} "a text of your own"',
+            predict_command(result.version, task or {}),
             f"evaluate {result.version} OTHER.csv --report page.html",
             f"promote {result.version} production",
             f"serve --base {result.base['id']}",

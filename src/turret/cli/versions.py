@@ -12,6 +12,7 @@ from typer import Argument, Option
 from turret.amounts import many, size, span
 from turret.cli import options
 from turret.cli.output import class_table, columns, console, cut, emit, grid, number, safe, split_metrics
+from turret.cli.train import predict_command
 from turret.errors import NotFound, count_of
 from turret.json_types import JsonObject, Plain
 from turret.manifest import Lineage, base_in, lineage_in, method_in, task_in
@@ -316,7 +317,8 @@ def promote(
     )
     if move.changed:
         asked = move.name if alias == PRODUCTION else f"{move.name}@{alias}"
-        command.offer(f'predict {asked} "a text of your own"', f"rollback {move.name} {alias}")
+        task = command.workspace.resolve(move.version).task
+        command.offer(predict_command(asked, task), f"rollback {move.name} {alias}")
 
 
 def rollback(

@@ -243,7 +243,7 @@ class Finder:
         if not found:
             if not given:
                 refuse_later(self.columns)
-            raise DataError(_not_found(given, self.columns, only))
+            raise DataError(self._not_found(given, only))
         found.sort(key=lambda each: (each.roles.keys() != given.keys(), -len(each.roles)))
         if len(found) > 1 and not given and len(found[0].roles) == len(found[1].roles):
             both = " and ".join(f"{f.schema.kind} ({quote_all(f.roles.values(), 60)})" for f in found[:2])
@@ -279,8 +279,9 @@ class Finder:
             names += [self.by_name[name] for name in dict.fromkeys((first, *schema.inputs)) if name in self.by_name]
             if names or len(self.columns) == 1:
                 return {single[0]: names[0] if names else self.columns[0]}
-        options = " ".join(map(_option, asked[0])) if first == "text" else "--prompt COLUMN"
-        one = len(asked[0]) == 1
+        fewest = min(asked, key=len)
+        options = " ".join(map(_option, fewest)) if first == "text" else "--prompt COLUMN"
+        one = len(fewest) == 1
         which = "which column has the inputs" if one else "which columns have the two texts"
         raise DataError(
             f"cannot tell {which}; the columns are {list_columns(self.columns)}: name {'one' if one else 'them'} with "
@@ -305,6 +306,37 @@ class Finder:
         unused = [name for name in self.columns if name not in roles.values()]
         others = f"; not used: {', '.join(unused)}" if unused else ""
         return f"guessed: {schema.kind}, {', '.join(guessed)}{others}" if guessed else None
+
+    def _not_found(self, given: Mapping[str, str], only: Schema | None) -> str:
+        """What the table lacks: of the task's roles those that fit the table best, and of these the fewest."""
+        known = [LABELLED, SUMMARISED, COMPLETED, PAIRED] if only is None else list(only.names)
+        found = {*given, *(self._obvious_roles(only, given) if only else ())}
+        holding = [roles for roles in known if given.keys() <= set(roles)] or known[:1]
+        roles = min(holding, key=lambda roles: (-len(found & set(roles)), len(roles)))
+        if given:
+            missing = [role for role in roles if role not in found] or [role for role in roles if role not in given]
+            role = missing[0] if missing else roles[-1]
+            named = f" beside {quote_all(given.values(), 40)}"
+            what = f"the {role}{named} is" if role in OPTIONS else f"data.{role}{named} is"
+            remedy = f"add {_option(role)}" if role in OPTIONS else f"set data.{role}"
+            return f"cannot tell which column {what}; the columns are {list_columns(self.columns)}: {remedy}"
+        if only:
+            roles = COMPLETED if roles == SUMMARISED else roles
+            keys = [f"data.{role}" for role in roles]
+            options = f" ({' '.join(map(_option, roles))})" if set(roles) <= set(OPTIONS) else ""
+            remedy = f"set {', '.join(keys[:-1])} and {keys[-1]}{options}"
+        else:
+            remedy = (
+                "set data.text and data.label (--text, --label) to classify, or --prompt and --completion to write; "
+                "`turret init FILE` looks for them in the cells"
+            )
+        return f"cannot tell which columns to use; the columns are {list_columns(self.columns)}: {remedy}"
+
+    def _obvious_roles(self, schema: Schema, given: Mapping[str, str]) -> set[str]:
+        """The roles for which a column that is not given has an obvious name."""
+        free = self.by_name.keys() - {name_key(column) for column in given.values()}
+        named = ((roles, names) for roles, every in schema.names.items() for names in every)
+        return {role for roles, names in named for role, name in zip(roles, names, strict=True) if name in free}
 
     # --- conversations ------------------------------------------------------------------------------------------------
 
@@ -443,29 +475,8 @@ def _check_named(given: Mapping[str, str], only: Schema | None) -> None:
         raise DataError(f"data names {' and '.join(given)}, which belong to different tasks: name one pair of columns")
     if only and not any(given.keys() <= set(roles) for roles in only.names):
         strange = next(role for role in given if not _in(role, list(only.names)) or len(given) > 1)
-        raise DataError(f"data.{strange} does not belong to {only.kind}: name {' and '.join(only.usual)}")
-
-
-def _not_found(given: Mapping[str, str], columns: Sequence[str], only: Schema | None) -> str:
-    known = [LABELLED, SUMMARISED, COMPLETED, PAIRED] if only is None else list(only.names)
-    roles = next((roles for roles in known if given.keys() <= set(roles)), known[0]) if given else known[0]
-    if given:
-        role = next((role for role in roles if role not in given), roles[-1])
-        named = f" beside {quote_all(given.values(), 40)}"
-        what = f"the {role}{named} is" if role in OPTIONS else f"data.{role}{named} is"
-        remedy = f"add {_option(role)}" if role in OPTIONS else f"set data.{role}"
-        return f"cannot tell which column {what}; the columns are {list_columns(columns)}: {remedy}"
-    if only:
-        roles = COMPLETED if roles == SUMMARISED else roles
-        keys = [f"data.{role}" for role in roles]
-        options = " ".join(map(_option, roles))
-        remedy = f"set {', '.join(keys[:-1])} and {keys[-1]} ({options})"
-    else:
-        remedy = (
-            "set data.text and data.label (--text, --label) to classify, or --prompt and --completion to write; "
-            "`turret init FILE` looks for them in the cells"
-        )
-    return f"cannot tell which columns to use; the columns are {list_columns(columns)}: {remedy}"
+        fewest = min(only.names, key=lambda roles: len(roles))
+        raise DataError(f"data.{strange} does not belong to {only.kind}: name {' and '.join(fewest)}")
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

@@ -207,12 +207,25 @@ def read_rows(data: DataSettings, schema: Schema, *, trained: Mapping[str, str] 
 
 
 def read_inputs(data: DataSettings, schema: Schema, *, trained: Mapping[str, str] | None = None) -> list[Input]:
-    """The input of each row of a table ("" if missing), or the lines of a `.txt` file. Raises DataError.
+    """The input of each row of a table ("" if missing), or the lines of a `.txt` file.
 
     Args:
         trained: role -> column of the table that the adapter was trained on.
+
+    Raises:
+        DataError: the table cannot be read, or a row has only one of two texts.
     """
-    return [row.input for row in _rows_of(data, schema, trained, whole=False).read()]
+    rows = _rows_of(data, schema, trained, whole=False)
+    two = len(rows.asked) > 1 and not (schema.conversations or schema.converses)
+    inputs = list[Input]()
+    for row in rows.read():
+        if two and row.input == "":
+            raise DataError(
+                f"{rows.table.name} {rows.table.unit} {row.place} has a blank in {quote_all(rows.asked)}, which are "
+                "read together: fill it in, or leave the row out; `turret predict --out` flags such rows instead"
+            )
+        inputs.append(row.input)
+    return inputs
 
 
 def _rows_of(data: DataSettings, schema: Schema, trained: Mapping[str, str] | None, *, whole: bool) -> Rows:

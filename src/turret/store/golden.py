@@ -320,11 +320,14 @@ def passes(replay: GoldenReplay, gate: Golden) -> bool:
 def why_unfit(version: Version, examples: GoldenSet) -> str | None:
     """Why the version can never pass the set, judged by its manifest alone; None if it may pass."""
     task = version.task
-    labels, generates = task.get("labels") or (), stored_task(task).generates
-    if generates == (examples.kind == "label"):
-        does = "generates texts" if generates else "classifies"
-        return f"expects {'labels' if examples.kind == 'label' else 'texts'}, but {version} {does}"
-    for place, example in () if generates else enumerate(examples.examples, start=1):
+    if task.get("pairs"):
+        return f"has one text in each example, but {version} reads two texts together"
+    labels, gives = task.get("labels") or (), stored_task(task).gives
+    wanted = "labels" if examples.kind == "label" else "texts"
+    if gives != wanted:
+        does = {"labels": "classifies", "texts": "generates texts"}.get(gives, f"answers with {gives}")
+        return f"expects {wanted}, but {version} {does}"
+    for place, example in () if gives == "texts" else enumerate(examples.examples, start=1):
         many = example.labels if task.get("multi_label") else (example.wanted,)
         for label in many:
             if label not in labels:

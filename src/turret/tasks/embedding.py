@@ -21,6 +21,7 @@ from turret.tasks.shapes import Answer, Metrics, TaskSpec
 from turret.tasks.task import (
     Embedding,
     Encoded,
+    Gives,
     Measure,
     Mistake,
     Prediction,
@@ -68,6 +69,7 @@ class TextEmbedding(HeadAnswers):
     head: ClassVar[HeadKind] = "embed"
     request: ClassVar[RequestKind] = "embed"
     pipeline_tag: ClassVar[str] = "sentence-similarity"
+    gives: ClassVar[Gives] = "vectors"
     peft_task: ClassVar[str | None] = HEADLESS
     metric: ClassVar[str] = "main_score"
     metric_label: ClassVar[str] = "main score"

@@ -17,7 +17,7 @@ from turret.data.columns import LABELLED, PAIRED, Roles
 from turret.errors import DataError
 from turret.tasks.classify import TEXTS, HeadAnswers, TextInputs, output_names, stored_settings
 from turret.tasks.shapes import Answer, HeadConfig, Metrics, TaskSpec
-from turret.tasks.task import Measure, Mistake, Prediction, TaskSettings, register
+from turret.tasks.task import Gives, Measure, Mistake, Prediction, TaskSettings, register
 from turret.tasks.text_pairs import pair_column_names
 from turret.transformer import Tokenizer
 
@@ -35,6 +35,7 @@ VALUES = ("score", "value", "similarity", "similarity_score", "relatedness_score
 class NumberAnswers(HeadAnswers):
     """Answers of one number each, from the head's one output."""
 
+    gives: ClassVar[Gives] = "numbers"
     errors: ClassVar[str] = "the largest residuals"
 
     @abstractmethod

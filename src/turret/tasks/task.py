@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from turret.families.family import HeadKind
     from turret.families.family import Kind as FamilyKind
 
+Gives = Literal["labels", "texts", "numbers", "spans", "vectors"]  # what answers are
 RequestKind = Literal["classify", "generate", "embed"]  # what an engine answers with: a head, a text, or a vector
 Prediction: TypeAlias = str | list[str]  # the part of an answer that is scored: a label, labels, a text, a number
 
@@ -214,6 +215,7 @@ class Task(Protocol):
     kind: ClassVar[str]  # its name in a recipe
     request: ClassVar[RequestKind]  # the route that answers it
     generates: ClassVar[bool] = False  # whether its answers are texts that the base writes
+    gives: ClassVar[Gives] = "labels"  # what its answers are
     solved: ClassVar[bool] = False  # whether a new head starts at the linear solution
     head: ClassVar[HeadKind]  # that its base is loaded with
     pipeline_tag: ClassVar[str]  # the Hub's name of it
@@ -486,8 +488,12 @@ def task_measured_by(values: Metrics, kind: str | None = None) -> type[Task]:
     """The task that these metrics are of: the one of that kind, or else the first one that has all of them."""
     if kind in TASKS:
         return TASKS[kind]
-    keys = {key for key, value in values.items() if isinstance(value, int | float)}
-    return next((task for task in TASKS.values() if keys <= task.measures.keys()), TASKS["generate"])
+    keys = [key for key, value in values.items() if isinstance(value, int | float)]
+
+    def measures(task: type[Task]) -> bool:  # `main_score_64` is that of 64 dimensions
+        return all(key in task.measures or key.rstrip("0123456789").rstrip("_") in task.measures for key in keys)
+
+    return next(filter(measures, TASKS.values()), TASKS["generate"])
 
 
 def main_metric(values: Metrics, kind: str | None = None) -> str | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from turret.data import Example, Input, Prompt, TextPair
 from turret.errors import DataError
 from turret.tasks.shapes import Answer, Generation, Metrics, TaskSpec
-from turret.tasks.task import Measure, Prediction, RequestKind, Task
+from turret.tasks.task import Gives, Measure, Prediction, RequestKind, Task
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class TextAnswers(Task, Protocol):
 
     request: ClassVar[RequestKind] = "generate"
     generates: ClassVar[bool] = True
+    gives: ClassVar[Gives] = "texts"
     head: ClassVar[HeadKind] = "generate"
     pipeline_tag: ClassVar[str] = "text-generation"
     metric: ClassVar[str] = "rougeL"

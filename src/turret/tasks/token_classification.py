@@ -25,7 +25,7 @@ from turret.errors import DataError, quote, quote_all
 from turret.tasks.calibration import FEWEST, Calibration, Confidences, fit, temperature_of
 from turret.tasks.classify import ECE, TEXTS, HeadAnswers, TextInputs, output_names
 from turret.tasks.shapes import Answer, HeadConfig, Metrics, SpanAnswer, TaskSpec
-from turret.tasks.task import Encoded, Measure, Mistake, Prediction, TaskSettings, register
+from turret.tasks.task import Encoded, Gives, Measure, Mistake, Prediction, TaskSettings, register
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class TokenClassification(HeadAnswers):
     head: ClassVar[HeadKind] = "tag"
     reads_tokens: ClassVar[bool] = True
     pipeline_tag: ClassVar[str] = "token-classification"
+    gives: ClassVar[Gives] = "spans"
     peft_task: ClassVar[str | None] = "TOKEN_CLS"
     calibrates: ClassVar[bool] = True
     solved: ClassVar[bool] = False

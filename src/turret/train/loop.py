@@ -316,7 +316,8 @@ class TrainingRun:
         progress.evaluate_seconds += seconds
         if not self.splits.selects:
             return
-        if progress.best_metrics is None or rank_of(metrics) > rank_of(progress.best_metrics):
+        kind, best = self.task.kind, progress.best_metrics
+        if best is None or rank_of(metrics, kind) > rank_of(best, kind):
             progress.best_step, progress.best_metrics, progress.stale = step, metrics, 0
             if train.keep == "best":
                 self.best_weights = self.slot.optimiser.weights.clone()
@@ -532,10 +533,15 @@ class TrainingRun:
         return f"the state after step {step} is kept in {self.folder}" if step else "no checkpoint had been written yet"
 
 
-def rank_of(metrics: Metrics) -> tuple[float, float]:
-    """The sort key of evaluations, larger is better: the task's own metric if it was measured, then a lower loss."""
+def rank_of(metrics: Metrics, kind: str) -> tuple[float, float]:
+    """The sort key of evaluations, larger is better: the task's own metric if it was measured, then a lower loss.
+
+    Args:
+        kind: of the task. The metrics alone may not tell it, because some are named after settings of the recipe.
+    """
     loss = number_of(metrics, "loss")
-    return number_in(metrics, task_measured_by(metrics).metric) or 0.0, -loss if math.isfinite(loss) else -math.inf
+    own = number_in(metrics, task_measured_by(metrics, kind).metric) or 0.0
+    return own, -loss if math.isfinite(loss) else -math.inf
 
 
 def checksum(tensors: Sequence[Tensor], known: Mapping[int, str] = MappingProxyType({})) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -281,9 +281,6 @@ def _coverage(task: Task, logits: Tensor, right: Sequence[Sequence[str]]) -> Cov
 # --- replay -----------------------------------------------------------------------------------------------------------
 
 
-Judge = Callable[[Answer], float]  # answer -> score; higher is better
-
-
 @dataclass(frozen=True)
 class Replayed:
     """Version b compared with version a on the same examples."""
@@ -320,11 +317,12 @@ def replay(
     if columns and source is None:
         raise DataError("columns are named, and no data is: give a table of labelled examples")
     texts: list[Input] = []
-    judges: list[Judge] = []
+    wanted: Sequence[golden.Example] = ()
     notes: Sequence[str] = ()
     score = "passed"
     if source is None:
-        texts, judges = _golden(store, first.name)
+        wanted = _golden(store, first.name)
+        texts = [example.text for example in wanted]
     scores: list[list[float]] = []
     for version in (first, second):
         labelled = None if source is None else read_labelled(store, version, source, columns)
@@ -338,7 +336,7 @@ def replay(
                 scores.append(_scores(ready, labelled.examples))
             else:
                 answers = answering.answers(ready, texts)
-                scores.append([judge(answer) for judge, answer in zip(judges, answers, strict=True)])
+                scores.append(_passed(ready.task, wanted, answers))
         del ready  # free the first base before the second is loaded
     found = compare_scores(*scores)
     return Replayed(str(first), str(second), source or "golden examples", score, found, tuple(notes))
@@ -358,7 +356,7 @@ def _scores(ready: answering.Mounted, examples: Sequence[Example]) -> list[float
     return ready.task.scores([ready.task.prediction_of(each) for each in answers], examples)
 
 
-def _golden(store: Store, name: str) -> tuple[list[Input], list[Judge]]:
+def _golden(store: Store, name: str) -> Sequence[golden.Example]:
     """All golden examples that the name's alias `production` requires."""
     sets = [gate.golden for gate in store.gate(name, PRODUCTION) if isinstance(gate, Golden)]
     examples = [example for digest in sets for example in store.examples(digest).examples]
@@ -367,15 +365,16 @@ def _golden(store: Store, name: str) -> tuple[list[Input], list[Judge]]:
             f"nothing to replay: {name}@{PRODUCTION} requires no golden examples; give a table of labelled examples, "
             f"or store some with `turret gate {name} {PRODUCTION} --golden FILE`"
         )
+    return examples
 
-    def judge(example: golden.Example) -> Judge:
-        def passes(answer: Answer) -> float:
-            given = answer.get("label") if example.check == "label" else answer.get("text")
-            return float(given is not None and example.failure(given) is None)
 
-        return passes
-
-    return [example.text for example in examples], [judge(example) for example in examples]
+def _passed(task: Task, wanted: Sequence[golden.Example], answers: Sequence[Answer]) -> list[float]:
+    """1 for each golden example that the answer passes, else 0. A label never passes for a text, nor the reverse."""
+    given = [task.prediction_of(answer) for answer in answers]
+    return [
+        float(task.generates == (example.check != "label") and example.failure(each) is None)
+        for example, each in zip(wanted, given, strict=True)
+    ]
 
 
 DRAWS, BATCH = 10_000, 500

@@ -133,11 +133,11 @@ def linear(ready: PreparedTraining, say: Say) -> JsonObject:
     attach(ready.recipe, ready.base, task)
     say(f"computing the features of {len(train) + len(test)} texts once")
     known = _features(ready, train)
-    say("fitting the regression")
     scale = known.std(0)
     middle, scale = known.mean(0), np.where(scale > 0, scale, 1.0)
     targets, weights = task.linear_targets(train).numpy(), task.spec().get("class_weights") or {}
-    outputs = task.num_labels(task.labels) or 1
+    outputs, name = task.num_labels(task.labels) or 1, "ridge" if _are_numbers(targets) else "logistic"
+    say(f"fitting the {name} regression")
     by_class = [float(weights.get(label, 1.0)) for label in task.labels[:outputs]]
     strength = _strength((known - middle) / scale, targets, by_class)
     fitted = _regression((known - middle) / scale, targets, by_class, strength)
@@ -150,7 +150,6 @@ def linear(ready: PreparedTraining, say: Say) -> JsonObject:
     metrics, answers = task.judge(found, test)
     result = _score_predictions(task, test, [task.prediction_of(each) for each in answers], metrics)
     count = (known.shape[1] + 1) * outputs
-    name = "ridge" if _are_numbers(targets) else "logistic"
     return (
         of_no_version(ready)
         | result

@@ -112,12 +112,22 @@ def _values(task: Task, answer: Answer, top: int) -> JsonObject:
         chances = dict(ranked)
         own = [round(chances[label], 6) for label in (given if isinstance(given, list) else [given])]
         values["probability"] = own if isinstance(given, list) else own[0]
-        for number, (label, chance) in enumerate(ranked[1:top], 2):
+        for number, (label, chance) in enumerate(other_labels(task, answer)[: top - 1], 2):
             values |= {f"predicted_{number}": label, f"probability_{number}": round(chance, 6)}
     for question, each in answer.get("answers", {}).items():
         values[f"predicted_{question}"] = each["label"]
         values[f"probability_{question}"] = round(each["probabilities"][each["label"]], 6)
     return values
+
+
+def other_labels(task: Task | type[Task], answer: Answer) -> list[tuple[str, float]]:
+    """The labels that are not answered with their probabilities, the most probable first.
+
+    The most probable label may be among them: `score` answers the median level.
+    """
+    given = task.prediction_of(answer)
+    own = given if isinstance(given, list) else [given]
+    return [(label, chance) for label, chance in ranked_labels(answer) if label not in own]
 
 
 def _names(columns: Sequence[str], spec: TaskSpec, request: PredictOptions, *, promised: bool) -> dict[str, str]:
