@@ -13,7 +13,7 @@ from pretend_gpu import OnCard, pretend_gpu
 from small_models import build, tokenizer
 
 from turret.engine.request import GenerationSettings, SamplingParams
-from turret.engine.sampler import base_settings, choose, draw, process_logits, resolve_settings
+from turret.engine.sampler import base_settings, choose, draw, draw_together, process_logits, resolve_settings
 from turret.errors import BaseModelError, DataError
 
 V = 50
@@ -75,6 +75,22 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
         draw(flat, GenerationSettings(9, (1,), temperature=1.0, top_p=0.5), random.Random(seed)) for seed in range(300)
     }
     assert len(drawn) > 200
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.02, 0.005])
+def test_all_rows_at_once_sample_no_token_without_weight(temperature: float) -> None:
+    """The weights of a row are not sorted: those that are zero stand before and behind the others."""
+    settings = GenerationSettings(9, (1,), temperature=temperature)
+    two = torch.full((4000,), -torch.inf)
+    two[[1500, 3100]] = 0.0
+    both = torch.stack([two, 4 * torch.randn(4000, generator=torch.Generator().manual_seed(0))])
+    for seed in range(20):
+        rows = [Row(settings, []), Row(settings, [])]
+        for row in rows:
+            row.random = random.Random(seed)
+        alone = [draw(scores, settings, random.Random(seed)) for scores in both]
+        assert draw_together(both, rows).tolist() == alone
+        assert alone[0] in (1500, 3100)
 
 
 def test_rows_of_a_batch_do_not_affect_each_other() -> None:

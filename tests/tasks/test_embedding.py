@@ -291,6 +291,13 @@ def test_a_text_is_answered_by_its_vector_and_two_by_their_similarity() -> None:
     assert TextEmbedding.prediction_of(one) == "[0.6000000238418579, 0.800000011920929]"
 
 
+@pytest.mark.parametrize("value", [1.0, math.nan])
+def test_vectors_that_are_all_equal_or_no_numbers_find_nothing(value: float) -> None:
+    metrics, _ = embedding().judge(torch.full((6, 4), value), related(3, negatives=False))
+    assert metrics["accuracy_at_1"] == 0
+    assert metrics["mrr_at_10"] <= 1 / 3
+
+
 def test_metrics_of_fewer_dimensions_are_those_of_an_embedding() -> None:
     values = {"main_score": 0.9, "spearman": 0.9, "pearson": 0.8, "loss": 5.1, "main_score_64": 0.85}
     assert main_metric(values) == "main_score"

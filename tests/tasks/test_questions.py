@@ -233,6 +233,15 @@ def test_metrics_of_each_question_are_those_of_scikit_learn() -> None:
     assert list(metrics["per_class"]) == list(LABELS)
 
 
+def test_a_question_without_an_example_does_not_count() -> None:
+    task = questions()
+    examples = [example for example in EXAMPLES * 10 if example.label[0] in LABELS[TOPICS]]
+    topics = [Labelled(example.text, example.label[:1]) for example in examples]
+    metrics, _ = task.judge(logits(len(topics)), topics)
+    assert metrics["per_question"]["urgent"]["examples"] == 0
+    assert metrics["macro_f1"] == metrics["per_question"]["topic"]["macro_f1"] > 0
+
+
 def test_an_answer_names_a_class_and_the_probabilities_of_each_question() -> None:
     task, z = questions(), logits()
     answer = task.answers(z)[0]

@@ -155,7 +155,7 @@ def _at(weights: Tensor, point: Tensor) -> Tensor:
     """The place in each row that a number from 0 to 1 falls on: (n,). weights: (n, V), point: (n,)"""
     summed = weights.cumsum(-1)
     found = torch.searchsorted(summed, (point * summed[:, -1])[:, None], right=True)[:, 0]
-    last = ((weights > 0).sum(-1) - 1).clamp(min=0)  # if rounding puts the point behind it; a NaN has no weight
+    last = (summed < summed[:, -1:]).sum(-1)  # that has a weight, if rounding puts the point behind it; 0 with a NaN
     return torch.minimum(found, last)
 
 

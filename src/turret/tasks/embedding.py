@@ -440,7 +440,8 @@ def _rank_texts(unit: Tensor, examples: Sequence[Example]) -> tuple[list[str], l
             own = sorted(right[example.input])
             if (itself := numbers.get(example.input)) is not None and itself not in own:
                 row[itself] = -math.inf
-            ranks.append(1 + int((row > row[torch.tensor(own)].max()).sum()))
+            others = torch.ones_like(row, dtype=torch.bool).index_fill_(0, torch.tensor(own), False)
+            ranks.append(1 + int((others & ~(row < row[~others].max())).sum()))  # an equal one, or a NaN, is before it
             nearest.append(str(example.output if ranks[-1] == 1 else known[int(row.argmax())]))
     return nearest, ranks
 

@@ -197,8 +197,8 @@ class Questions(HeadAnswers):
     def metrics(self, logits: Tensor, targets: Tensor) -> Metrics:
         """accuracy, the mean over texts of the share of right answers; macro_f1 and ece, means over questions; loss.
 
-        And by question accuracy, macro_f1, loss, ece and the number of answers, and a report for each class. loss and
-        ece are of the answers' probabilities.
+        And by question accuracy, macro_f1, loss, ece and the number of answers, and a report for each class. Questions
+        without an example do not count. loss and ece are of the answers' probabilities.
         """
         from turret.tasks import metrics
 
@@ -213,11 +213,12 @@ class Questions(HeadAnswers):
             found = metrics.one_class(given.tolist(), true.tolist(), self.labels[part], loss)
             classes |= parts_in(found, "per_class")
             by_question[question] = numbers_in(found) | {"ece": sure[question].error, "examples": len(true)}
+        asked = [each for each in by_question.values() if each["examples"]] or list(by_question.values())
         return {
             "accuracy": float((right.sum(1) / _count_answered(targets)).mean()),
-            "macro_f1": sum(each["macro_f1"] for each in by_question.values()) / len(by_question),
+            "macro_f1": sum(each["macro_f1"] for each in asked) / len(asked),
             "loss": float((losses.sum(1) / _count_answered(targets)).mean()),
-            "ece": sum(each["ece"] for each in by_question.values()) / len(by_question),
+            "ece": sum(each["ece"] for each in asked) / len(asked),
             "per_question": by_question,
             "per_class": classes,
         }
