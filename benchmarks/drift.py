@@ -142,7 +142,7 @@ def stream(vectors: Floats, references: int) -> tuple[int | None, int]:
 
 def warned(references: Floats, live: Floats, number: int = 1) -> int | None:
     """After how many texts of a round it warns; None if it does not."""
-    test, enough = InputTest(references, number), needed_e_value(LEVEL, number)
+    test, enough = InputTest(references), needed_e_value(LEVEL, number)
     for place, row in enumerate(live):
         test.see(row[None])
         if test.peak >= enough:

@@ -91,12 +91,18 @@ class PromiseRequest:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The examples that a threshold is chosen on."""
+    """The examples that a threshold is chosen on.
+
+    Args:
+        left_out: those whose texts training used too. Live texts are compared with them as well, because the most
+            frequent texts are among them.
+    """
 
     examples: Sequence[Example]
     source: str
     split: str
     notes: tuple[str, ...] = ()
+    left_out: Sequence[Example] = ()
 
     @property
     def digest(self) -> str:
@@ -289,11 +295,11 @@ def _embed_examples(asking: Asking, held: HeldOut, say: Say) -> tuple[list[bytes
 
     from turret.experiments import input_drift
 
-    texts = list(dict.fromkeys(filter(None, (embedded_text(each.asked) for each in held.examples))))
-    order = np.random.default_rng(0).permutation(len(texts))[: input_drift.MOST_REFERENCES]
-    say(f"embedding {count_of(len(order), 'held-out example')}")
+    drawn = filter(None, (embedded_text(each.asked) for each in (*held.examples, *held.left_out)))
+    texts = input_drift.reference_texts(list(drawn))
+    say(f"embedding {count_of(len(texts), 'held-out example')}")
     try:
-        vectors = asking.text_embeddings([texts[place] for place in order], input_drift.MOST_TOKENS).numpy()
+        vectors = asking.text_embeddings(texts, input_drift.MOST_TOKENS).numpy()
         kept = input_drift.pack_vectors(input_drift.distinct_vectors(vectors.astype(np.float64)))
     except (TurretError, ValueError) as error:
         return [], [f"input drift is not watched: {error}"]
@@ -360,10 +366,10 @@ def _unseen(examples: Sequence[Example], used: Collection[str], source: str, spl
     fresh = [each for each in examples if str(each.asked) not in used]
     if not fresh:
         raise DataError(f"{source[:80]} has no example that training did not use: give other labelled examples")
-    if len(fresh) < len(examples):
-        left_out = f"{count_of(len(examples) - len(fresh), 'example')} left out, because training used the same texts"
-        notes = (*notes, left_out)
-    return HeldOut(fresh, source, split, notes)
+    left_out = [each for each in examples if str(each.asked) in used]
+    if left_out:
+        notes = (*notes, f"{count_of(len(left_out), 'example')} left out, because training used the same texts")
+    return HeldOut(fresh, source, split, notes, left_out)
 
 
 # --- watching ---------------------------------------------------------------------------------------------------------
@@ -471,9 +477,7 @@ def _input_standing(connection: Connection, promise: Promise, memory: PromiseMem
         return InputStanding("drifted", why, watch.earlier, watch.round, evidence, needed, watch.drifted)
     if memory.inputs is None or memory.inputs.watch != watch:
         rows = [row for _, row in promises.vectors_of(connection, watch, promises.REFERENCE_ROUND)]
-        memory.inputs = InputMemory(
-            watch, input_drift.InputTest(input_drift.unpack_vectors(rows, watch.size), watch.round)
-        )
+        memory.inputs = InputMemory(watch, input_drift.InputTest(input_drift.unpack_vectors(rows, watch.size)))
     seen = memory.inputs
     new = promises.vectors_of(connection, watch, watch.round, seen.last)
     if new:
