@@ -55,10 +55,12 @@ def smallest(
         high: the first number that is tried.
         within: the share of the number by which it may be too large.
     """
-    while high <= most and not enough(high):
-        low, high = high, 2 * high
     if high > most:
         return None
+    while not enough(high):
+        if high >= most:
+            return None
+        low, high = high, int(min(2 * high, most))
     while high - low > max(1, high * within):
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 from simulated_comparison import made
 
+from turret.compare.collapse import judge_learning, skill_of
 from turret.compare.comparison import SeededResults, generator, judge_pair, paired_differences
 from turret.compare.design import Cell, candidates
 from turret.compare.report import as_html, as_markdown, headline
 from turret.compare.results import CellResult
 from turret.compare.verdict import Verdict, interval, rate
-from turret.data import Labelled
+from turret.data import Example, Labelled, Preferred, Scored, TextPair, Turn
 from turret.recipe import Recipe
 
 RECIPE = Recipe(name="tiny", base="small", data="tiny.csv")
@@ -180,3 +183,42 @@ def test_a_rate_of_none_in_five_leaves_half_possible() -> None:
     assert rate(0, 5).low == 0
     assert rate(5, 5).low == pytest.approx(47.8, abs=0.1)
     assert rate(1, 5).mean == 20
+
+
+def judged(kind: str, seed: int, answers: Sequence[str], scores: np.ndarray) -> CellResult:
+    result = trained("lora", seed, [], np.ones(0, dtype=bool))
+    return dataclasses.replace(result, kind=kind, answers=answers, scores=scores)
+
+
+@pytest.mark.parametrize("highest", [1.0, 3.0])
+def test_a_reranker_that_takes_no_passage_for_relevant_has_no_skill(highest: float) -> None:
+    """Its numbers differ; only whether they say relevant is judged. One passage in five is relevant."""
+    rng, relevant = np.random.default_rng(3), np.arange(400) % 5 == 0
+    examples: list[Example] = [Scored(TextPair(str(row), "b"), highest * yes) for row, yes in enumerate(relevant)]
+    never = [f"{value:.6g}" for value in 0.2 + 0.1 * rng.random(400)]
+    good = [f"{0.1 + 0.8 * yes + 0.1 * rng.random():.6g}" for yes in relevant]
+    lost = judged("rerank", 0, never, 1.0 - relevant)
+    skill = skill_of(lost, examples)
+    assert skill is not None
+    assert skill[0] == pytest.approx(0)
+    assert skill[1] > 0.01
+    assert judge_learning([lost], examples).nothing
+    found = judge_learning([lost, judged("rerank", 1, good, np.ones(400))], examples)
+    assert [each.seed for each in found.collapses] == [0]
+    assert "one answer to 100% of the texts" in found.collapses[0].why
+
+
+def test_a_preference_for_either_answer_by_a_coin_has_no_skill() -> None:
+    rng = np.random.default_rng(3)
+    examples: list[Example] = [Preferred((Turn("user", "?"),), f"good {row}", "bad") for row in range(400)]
+    coin, good = (judged("preference", seed, *preferred(rng, share)) for seed, share in enumerate((0.5, 0.9)))
+    skills = [skill_of(each, examples) for each in (coin, good)]
+    assert skills[0] == pytest.approx((2 * coin.scores.mean() - 1, 0.05))
+    assert judge_learning([coin], examples).nothing
+    assert [each.seed for each in judge_learning([coin, good], examples).collapses] == [0]
+
+
+def preferred(rng: np.random.Generator, share: float) -> tuple[list[str], np.ndarray]:
+    """Answers that are the chosen one in that share of 400 pairs, and their scores."""
+    right = rng.random(400) < share
+    return ["chosen" if each else "rejected" for each in right], right.astype(float)

@@ -87,8 +87,14 @@ def test_the_smallest_number_is_found_within_its_share(wanted: int, within: floa
 def test_no_number_up_to_the_most_is_none() -> None:
     tried: list[int] = []
     assert smallest(lambda number: bool(tried.append(number)), most=100) is None
-    assert tried == [1, 2, 4, 8, 16, 32, 64]
+    assert tried == [1, 2, 4, 8, 16, 32, 64, 100]
     assert smallest(lambda number: number >= 64, most=100) == 64
+
+
+@pytest.mark.parametrize("wanted", [65, 80, 97])
+def test_a_number_between_the_last_doubling_and_the_most_is_found(wanted: int) -> None:
+    assert smallest(lambda number: number >= wanted, most=97) == wanted
+    assert smallest(lambda number: number >= wanted, most=wanted - 1) is None
 
 
 @pytest.mark.parametrize(("seeds", "luck"), [(2, 0.01), (5, 0.02)])
@@ -273,6 +279,16 @@ def test_a_future_without_more_seeds_or_examples_is_the_present(seeds: int, exam
     np.testing.assert_allclose(middle, 100 * d.mean(), atol=1e-9)
     assert np.ptp(half) < 1e-9
     assert half[0] == pytest.approx(50 * (now.high - now.low), rel=0.15)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("seeds", "fixed"), [(1, False), (1, True), (2, False), (5, False)])
+@pytest.mark.parametrize("score", [-1.0, 0.0, 0.5])
+def test_one_test_example_is_judged_and_settles_nothing(seeds: int, fixed: bool, score: float) -> None:
+    found = judge(np.full((seeds, 1), score), 1.0, np.random.default_rng(0), fixed=fixed)
+    assert found.word == "undecided"
+    assert found.difference.open
+    assert np.isfinite(Futures.after(np.full((seeds, 1), 100 * score), 1.0).intervals(0, 0)).all()
 
 
 def test_advice_that_needs_seeds_and_examples_says_both() -> None:

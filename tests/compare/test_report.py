@@ -19,7 +19,18 @@ from simulated_comparison import dataset, made, result
 from turret.compare import control_rates
 from turret.compare.design import Cell, candidates
 from turret.compare.evaluation_page import as_html as evaluation_page
-from turret.compare.plots import CHARACTER, WIDTH, Axis, LossCurve, Mark, axis, forest, loss_curves, scatter
+from turret.compare.plots import (
+    CHARACTER,
+    WIDTH,
+    Axis,
+    LossCurve,
+    Mark,
+    axis,
+    forest,
+    loss_curves,
+    scatter,
+    short_number,
+)
 from turret.compare.report import _apart, as_html, as_markdown, headline, write_report
 from turret.compare.report_text import rounded_estimate
 from turret.compare.results import Confusions, Details, costs_of
@@ -300,6 +311,14 @@ def test_a_report_without_texts_has_everything_else(found) -> None:
 
 
 # --- plots -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.5, "0.5"), (999.4, "999"), (999.6, "1k"), (-999.6, "-1k"), (1500, "1.5k"), (999_999, "1M"), (2e6, "2M")],
+)
+def test_a_short_number_is_rounded_before_its_unit_is_chosen(value: float, shown: str) -> None:
+    assert short_number(value) == shown
 
 
 @pytest.mark.parametrize(("low", "high", "log"), [(0, 1, False), (5, 5, False), (1, 1e7, True), (20, 30, True)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small_models
 import tiny_training
@@ -13,6 +14,7 @@ import torch
 from turret import LoRA, Workspace, adapters, bases, bundles
 from turret.errors import DataError
 from turret.tasks.questions import Questions
+from turret.workspace.evaluation import compare_scores
 
 TEXTS = [f"{words}, number {number}" for number in range(12) for words in ("a great film", "a dull story")]
 QUESTIONS = ("topic: bank", "topic: film", "urgent: no", "urgent: yes")
@@ -75,3 +77,12 @@ def test_golden_examples_of_several_questions_pass_if_every_answer_is_right(work
     workspace.gate("mail", "production", golden=golden)
     assert workspace.replay("mail@1", "mail@2").paired.a == 1.0
     assert workspace.replay("mail@2", "mail@1").paired.b == 1.0
+
+
+def test_the_interval_of_a_replay_holds_the_truth_where_few_of_fifty_examples_differ() -> None:
+    rng, held, truth = np.random.default_rng(0), 0, 0.03
+    for _ in range(100):
+        differ = rng.choice([-1, 0, 1], size=50, p=[0.0, 1 - truth, truth])
+        found = compare_scores(np.where(differ < 0, 1.0, 0.0).tolist(), np.where(differ > 0, 1.0, 0.0).tolist())
+        held += found.low <= truth <= found.high
+    assert held >= 90

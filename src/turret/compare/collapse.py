@@ -124,8 +124,9 @@ def skill_of(result: CellResult, examples: Sequence[Example]) -> tuple[float, fl
     skill = (score - g) / (1 - g), where g is the score of answers that do not depend on the texts.
     """
     score, count = float(result.scores.mean()), len(result.scores)
-    if task_of(result.kind).right_or_wrong:
-        guess = _agreement_by_chance(result.answers, [each.output for each in examples])
+    task = task_of(result.kind)
+    if task.right_or_wrong:
+        guess = 0.5 if task.two_answers else _agreement_by_chance(_given(result), _true(result, examples))
         spread = guess * (1 - guess)
     elif result.guess is not None:
         guess, spread = result.guess, float(result.scores.var())
@@ -136,10 +137,25 @@ def skill_of(result: CellResult, examples: Sequence[Example]) -> tuple[float, fl
     return (score - guess) / (1 - guess), max(1e-6, math.sqrt(spread / count) / (1 - guess))
 
 
-def _agreement_by_chance(answers: Sequence[Output], outputs: Sequence[Output]) -> float:
+def _agreement_by_chance(given: Sequence[Hashable], true: Sequence[Hashable]) -> float:
     """The share of right answers if they were dealt to the texts at random."""
-    given, true = Counter(map(_key, answers)), Counter(map(_key, outputs))
-    return sum(given[label] * count for label, count in true.items()) / max(1, len(answers) * len(outputs))
+    times = Counter(given)
+    return sum(times[label] * count for label, count in Counter(true).items()) / max(1, len(given) * len(true))
+
+
+def _given(result: CellResult) -> list[Hashable]:
+    """What the answers say, as far as it is right or wrong: for a number that is judged as yes or no, only that."""
+    least = task_of(result.kind).yes_from
+    if least is None:
+        return [_key(each) for each in result.answers]
+    return [float(str(each)) >= least for each in result.answers]
+
+
+def _true(result: CellResult, examples: Sequence[Example]) -> list[Hashable]:
+    """What is right, in the same form. Of yes and no the scores tell it: the unit of the examples is the version's."""
+    if task_of(result.kind).yes_from is None:
+        return [_key(each.output) for each in examples]
+    return [said == (score > 0.5) for said, score in zip(_given(result), result.scores.tolist(), strict=True)]
 
 
 def _key(label: Output) -> Hashable:
@@ -150,7 +166,7 @@ def _why(result: CellResult) -> str:
     """The signs of a collapse in losses and answers, in a few words."""
     signs = [f"score {100 * float(result.scores.mean()):.1f}"]
     signs += filter(None, [describe_losses(result.losses)])
-    _, times = Counter(map(_key, result.answers)).most_common(1)[0]
+    _, times = Counter(_given(result)).most_common(1)[0]
     if times > 0.95 * len(result.answers):
         signs.append(f"one answer to {100 * times / len(result.answers):.0f}% of the texts")
     return ", ".join(signs)

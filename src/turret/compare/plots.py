@@ -191,6 +191,7 @@ def axis(values: Sequence[float], start: float, end: float, *, log: bool = False
 
 def short_number(value: float) -> str:
     """`0.5`, `12`, `1.5k`, `2M`."""
+    value = float(f"{value:.3g}")  # rounded before the unit is chosen: 999.6 is 1k
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"

@@ -395,8 +395,8 @@ class Futures:
         rest = variance_components(d).rest
         of_rows = float(d.mean(1).var(ddof=1)) if seeds > 1 else 0.0
         of_columns = float(with_pseudo_examples(d / 100).mean(0).var(ddof=1)) * 1e4
-        own = float(d.mean(0).var(ddof=1))
-        free = max(1, seeds - 1)
+        own = float(d.mean(0).var(ddof=1)) if examples > 1 else 0.0
+        free, free_examples = max(1, seeds - 1), max(1, examples - 1)
         second = np.arange(FUTURES) >= FUTURES // 2
         usual_rows = LUCK**2 + rest / examples
         rows = np.where(
@@ -404,7 +404,7 @@ class Futures:
             (of_rows * free + 2 * max(of_rows, usual_rows)) / rng.chisquare(free + 2, FUTURES),
             of_rows * free / rng.chisquare(free, FUTURES),
         )
-        columns = max(own, of_columns) * (examples - 1) / rng.chisquare(examples - 1, FUTURES)
+        columns = max(own, of_columns) * free_examples / rng.chisquare(free_examples, FUTURES)
         between_seeds = np.maximum(0.0, rows - rest / examples)
         between_examples = np.maximum(0.0, columns - rest / seeds)
         variances = np.stack([between_seeds / seeds, between_examples / examples, np.full(FUTURES, rest / d.size)])
@@ -454,12 +454,12 @@ class Futures:
             own = (self.columns * self.examples + own * more_examples) / examples + self.added / examples
         rest = self.rest / (seeds * examples)
         by_examples = np.maximum(0.0, own - self.rest / seeds) / examples
-        below = (by_examples + rest) ** 2 / (examples - 1)
+        below = (by_examples + rest) ** 2 / max(1, examples - 1)
         by_seeds = np.zeros(FUTURES)
         if seeds > 1:
             by_seeds = np.maximum(0.0, squares / (seeds - 1) - self.rest / examples) / seeds
             below = below + (by_seeds + rest) ** 2 / (seeds - 1)
         freedom = np.maximum(1.0, (by_seeds + by_examples + 2 * rest) ** 2 / np.maximum(below, 1e-300))
         if seeds == 1:
-            freedom = np.full(FUTURES, float(examples - 1))
+            freedom = np.full(FUTURES, float(max(1, examples - 1)))
         return middle, stdtrit(freedom, HIGH) * np.sqrt(by_seeds + by_examples + rest)

@@ -44,6 +44,7 @@ class Rerank(NumberAnswers):
     metric: ClassVar[str] = "accuracy"
     metric_label: ClassVar[str] = "accuracy"
     right_or_wrong: ClassVar[bool] = True
+    yes_from: ClassVar[float | None] = RIGHT
     calibrates: ClassVar[bool] = True
     measures: ClassVar[Mapping[str, Measure]] = {
         "accuracy": Measure("accuracy", "the share of pairs that are rightly taken for relevant or not", share=True),

@@ -227,6 +227,7 @@ class Task(Protocol):
     texts: ClassVar[tuple[str, str]] = ("first text", "second text")  # where two texts are read together
     sides: ClassVar[tuple[str, str]]  # what stands before the right answer of a mistake, and before the given one
     right_or_wrong: ClassVar[bool] = False  # whether every score is 0 or 1
+    yes_from: ClassVar[float | None] = None  # the number from which on an answer says yes, if only yes or no is judged
     reads_tokens: ClassVar[bool] = False  # whether its head reads the tokens of a text, also in several `windows`
     ranks_labels: ClassVar[bool] = False  # whether an answer has the probability of each label
     calibrates: ClassVar[bool] = False  # whether a temperature is fitted to the probabilities of its answers

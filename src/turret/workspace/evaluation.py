@@ -20,12 +20,13 @@ from turret.compare.results import (
     Reliability,
     measure_coverage,
 )
+from turret.compare.verdict import interval
 from turret.data import Example, Input, Labelled, TextPair
 from turret.data.columns import RoleColumns
 from turret.data.table_writer import TableWriter
 from turret.errors import DataError, count_of
 from turret.json_types import JsonObject
-from turret.statistics import Floats, sign_flips, sign_test
+from turret.statistics import sign_flips, sign_test
 from turret.store import Golden, Panel, Store, Version, golden, promises
 from turret.store.catalog import PRODUCTION
 from turret.tasks import Task, task_from_spec
@@ -377,7 +378,7 @@ def _passed(task: Task, wanted: Sequence[golden.Example], answers: Sequence[Answ
     ]
 
 
-DRAWS, BATCH = 10_000, 500
+DRAWS = 10_000  # of signs
 
 
 @dataclass(frozen=True)
@@ -408,17 +409,17 @@ class Paired:
         return {**asdict(self), "verdict": self.verdict}
 
 
-def compare_scores(a: Sequence[float], b: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Paired:
+def compare_scores(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Paired:
     """Compare two versions.
 
     Args:
-        a: scores of the examples, (N,); more is better.
+        a: scores of the examples, (N,), between 0 and 1; more is better.
         b: scores of the same examples, (N,).
     """
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     differences = second - first  # (N,)
     generator = np.random.default_rng(seed)
-    low, high = np.quantile(_resample_means(differences, generator), [(1 - level) / 2, (1 + level) / 2])
+    found = interval(differences[None, :], generator)
     only_a, only_b = int((differences < 0).sum()), int((differences > 0).sum())
     binary = bool(np.isin(np.concatenate([first, second]), (0.0, 1.0)).all())
     p = sign_test(only_a, only_b) if binary else sign_flips(differences, generator, DRAWS)
@@ -427,9 +428,9 @@ def compare_scores(a: Sequence[float], b: Sequence[float], *, level: float = 0.9
         a=float(first.mean()),
         b=float(second.mean()),
         difference=float(differences.mean()),
-        low=float(low),
-        high=float(high),
-        level=level,
+        low=found.low,
+        high=found.high,
+        level=found.confidence,
         p=p,
         test="McNemar" if binary else "sign flip",
         only_a=only_a,
@@ -438,18 +439,11 @@ def compare_scores(a: Sequence[float], b: Sequence[float], *, level: float = 0.9
     )
 
 
-def _resample_means(differences: Floats, generator: np.random.Generator) -> Floats:
-    """Means of samples of size N, drawn with replacement: (DRAWS,)."""
-    n = len(differences)
-    means = [differences[generator.integers(0, n, (BATCH, n))].mean(axis=1) for _ in range(DRAWS // BATCH)]
-    return np.concatenate(means)
-
-
 def describe_replay(result: Paired, a: str, b: str, score: str) -> str:
     """The result of a replay, on two lines."""
     counts = f"{b} is better on {result.only_b}, {a} on {result.only_a}, equal on {result.equal}"
-    interval = f"{result.difference:+.3f} [{result.low:+.3f}, {result.high:+.3f}], {result.test} p={result.p:.2g}"
-    means = f"{score} {result.b:.3f} against {result.a:.3f}: {interval}"
+    span = f"{result.difference:+.3f} [{result.low:+.3f}, {result.high:+.3f}], {result.test} p={result.p:.2g}"
+    means = f"{score} {result.b:.3f} against {result.a:.3f}: {span}"
     return f"{counts} of {result.examples} examples ({means})\n{_worth(result, a, b)}"
 
 
