@@ -24,7 +24,7 @@ from turret.recipe import Recipe, Task
 from turret.tasks import make_task, task_from_spec
 from turret.tasks.preference import Preference
 from turret.train.adamw import AdamW
-from turret.train.batches import EncodedRows, encode
+from turret.train.batches import EncodedRows, encode, micro_batches
 from turret.train.evaluation import evaluate
 from turret.train.losses import compare_answers, eval_mode, loss_of, mount_reference
 from turret.train.slot import LocalSlot
@@ -256,17 +256,27 @@ def test_the_first_loss_is_ln_2_and_steps_prefer_the_chosen_answers() -> None:
     assert before[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_dividing_a_batch_changes_nothing_and_there_is_no_dropout() -> None:
-    gradients = []
-    for most, step in ((4096, 1), (20, 1), (4096, 2)):
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_dividing_a_batch_changes_nothing_and_there_is_no_dropout(objective: str) -> None:
+    """Rows of several lengths: all at once, each alone, and two beside one."""
+    gradients, losses, evaluated = [], [], []
+    for count, step in ((1, 1), (3, 1), (2, 1), (1, 2)):
         base = attached(dropout=0.5)
-        task, optimiser = task_on(base), AdamW(adapters.trainable_parameters(base.model))
+        task, optimiser = task_on(base, loss=objective), AdamW(adapters.trainable_parameters(base.model))
         optimiser.steps = step - 1
-        LocalSlot(base, task, optimiser, 0, most).forward_backward(encode(task, ROWS))
+        rows = encode(task, ROWS)
+        most = {1: 4096, 2: rows[0].tokens + rows[1].tokens, 3: 20}[count]
+        assert len(micro_batches(rows, most)) == count
+        losses.append(LocalSlot(base, task, optimiser, 0, most).forward_backward(rows))
         gradients.append(optimiser.gradients.clone())
+        evaluated.append(evaluate(base.model, task, ROWS, most_tokens=most)[0]["loss"])
+    assert len({len(row.target) for row in rows}) > 1
     scale = float(gradients[0].abs().max())
-    assert torch.allclose(gradients[0], gradients[1], atol=1e-5 * scale)
-    assert torch.equal(gradients[0], gradients[2]), "another step has other masks, if there were any"
+    assert evaluated == pytest.approx([losses[0]] * 4, rel=1e-5)
+    for place in (1, 2):
+        assert losses[place] == pytest.approx(losses[0], rel=1e-5)
+        assert torch.allclose(gradients[0], gradients[place], atol=1e-5 * scale)
+    assert torch.equal(gradients[0], gradients[3]), "another step has other masks, if there were any"
 
 
 def test_a_prompt_is_encoded_as_a_chat_of_this_base() -> None:

@@ -12,8 +12,8 @@ from batches import without_dropout
 from tiny_training import fit
 
 from turret.engine.protocol import OptimStep
-from turret.errors import LossNotFinite
-from turret.train.losses import FIRST, PATIENCE, LossScale
+from turret.errors import LossNotFinite, TrainingError
+from turret.train.losses import FIRST, PATIENCE, SMALLEST, LossScale
 from turret.train.slot import LocalSlot
 
 STEP = OptimStep(1e-3, clip=None)
@@ -93,6 +93,79 @@ def test_gradients_that_no_scale_makes_finite_end_the_training() -> None:
     slot.optimiser.clip_gradients = lambda largest: (clip(largest), torch.inf)[1]
     with pytest.raises(LossNotFinite, match="norm of the gradients became inf"):
         slot.train_step(items, STEP)
+
+
+def accumulated(scale: LossScale | None) -> tuple[float, torch.Tensor]:
+    """The norm and the gradients of a step for two batches that are added one after the other."""
+    slot, items = started()
+    kept = []
+    slot.optimiser.step = lambda how: kept.append(slot.optimiser.gradients.clone())
+    slot.scale = scale
+    for batch in (items[:4], items[4:]):
+        slot.forward_backward(batch)
+    return slot.optim_step(STEP), kept[0]
+
+
+def test_batches_that_are_added_are_divided_by_the_scale_once() -> None:
+    scale = LossScale(1024.0)
+    (norm, plain), (scaled_norm, scaled) = accumulated(None), accumulated(scale)
+    assert scaled_norm == pytest.approx(norm, rel=2e-2)
+    assert float((scaled - plain).norm() / plain.norm()) < 2e-2
+    assert scale == LossScale(1024.0, 1), "a step without an overflow is counted"
+
+
+def test_the_verbs_one_by_one_are_the_step_of_the_training_loop_with_a_scale_too() -> None:
+    one, items = started()
+    other, _ = started()
+    for slot in (one, other):
+        slot.scale = LossScale(1024.0, PATIENCE - 2)
+    for _ in range(3):
+        assert (one.forward_backward(items), one.optim_step(STEP)) == other.train_step(items, STEP)
+    assert torch.equal(one.optimiser.weights, other.optimiser.weights)
+    assert one.scale == other.scale == LossScale(2048.0, 1)
+
+
+def test_a_step_of_added_batches_that_overflows_halves_the_scale() -> None:
+    slot, items = started()
+    before, slot.scale = slot.optimiser.weights.clone(), LossScale(2.0**40)
+    tries = 0
+    while True:
+        tries += 1
+        slot.forward_backward(items)
+        try:
+            norm = slot.optim_step(STEP)
+            break
+        except LossNotFinite:
+            assert slot.scale.value == 2.0 ** (40 - tries)
+            assert torch.equal(slot.optimiser.weights, before)
+    assert 1 < tries < 40
+    assert norm == pytest.approx(float(gradients(LossScale()).norm()), rel=2e-2)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_scale_and_no_step_takes_it_below_the_smallest() -> None:
+    slot, items = started()
+    whole = slot.task.loss
+    slot.task.loss = lambda logits, targets: whole(logits, targets) * torch.inf
+    slot.forward_backward(items)
+    with pytest.raises(LossNotFinite):
+        slot.optim_step(STEP)
+    assert slot.scale == LossScale()
+    slot.task.loss = whole
+    for expected in (SMALLEST, SMALLEST):
+        slot.scale.value = min(slot.scale.value, 2 * SMALLEST)
+        slot.forward_backward(items)
+        slot.optimiser.gradients[0] = torch.inf
+        with pytest.raises(LossNotFinite):
+            slot.optim_step(STEP)
+        assert slot.scale.value == expected
+
+
+def test_gradients_that_were_added_before_a_step_of_the_loop_are_dropped() -> None:
+    slot, items = started()
+    slot.forward_backward(items[:4])
+    slot.train_step(items, STEP)
+    with pytest.raises(TrainingError, match="call forward_backward first"):
+        slot.optim_step(STEP)
 
 
 @pytest.mark.slow

@@ -106,7 +106,8 @@ class Preference(Chat):
             scores: the log-probabilities of both answers (B, 2).
             reference: those of the reference, for DPO.
             counts: the tokens of both answers (B, 2).
-            loss: the mean of -log p over the tokens of chosen conversations, for ORPO.
+            loss: the mean of -log p over the tokens of chosen conversations, for ORPO. Of a piece of a batch it is
+                weighted, see `turret.train.losses.compare_answers`.
         """
         import torch
         import torch.nn.functional as F

@@ -19,7 +19,7 @@ from turret.tasks import ComparingTask, Task, is_comparing
 from turret.tasks.shapes import Answer, Metrics
 from turret.tasks.task import shared_losses
 from turret.train.batches import EncodedRows, by_length
-from turret.train.losses import compare_answers, eval_mode, loss_of, target_states
+from turret.train.losses import chosen_tokens, compare_answers, eval_mode, loss_of, target_states
 from turret.transformer import Model
 
 
@@ -116,8 +116,12 @@ def _preferences(
     The bare base is its own reference, so its answers are compared by themselves.
     """
     margins, total = [0.0] * len(items), 0.0
-    for piece in by_length(items.lengths(), most_tokens):
-        found = compare_answers(model, task, items.take(piece))
+    pieces = by_length(items.lengths(), most_tokens)
+    chosen = None
+    if task.objective == "orpo" and len(pieces) > 1:
+        chosen = math.fsum(chosen_tokens(items.take(piece)) * len(piece) for piece in pieces) / len(items)
+    for piece in pieces:
+        found = compare_answers(model, task, items.take(piece), chosen)
         total += float(task.preference_loss(found.scores, found.reference, found.counts, found.loss)) * len(piece)
         each = task.margins(found.scores, None if bare else found.reference, found.counts).tolist()
         for place, margin in zip(piece, each, strict=True):

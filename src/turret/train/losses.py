@@ -141,10 +141,17 @@ def backward(loss: Tensor) -> None:
     torch.autograd.backward(loss)
 
 
-def loss_of(model: Model, task: Task, piece: Sequence[EncodedRow], loss: Loss | None = None) -> Tensor:
-    """The mean loss over some examples: a scalar with a graph. loss: instead of the task's."""
+def loss_of(
+    model: Model, task: Task, piece: Sequence[EncodedRow], loss: Loss | None = None, chosen: float | None = None
+) -> Tensor:
+    """The mean loss over some examples: a scalar with a graph.
+
+    Args:
+        loss: Instead of the task's.
+        chosen: `chosen_tokens` of the batch that the examples are a piece of; None: they are all of it.
+    """
     if is_comparing(task):
-        return preference_loss(model, task, piece)
+        return preference_loss(model, task, piece, chosen)
     function = task.loss if loss is None else loss.function
     with mixed_precision(model):
         if piece[0].target is None:  # a head answers
@@ -244,10 +251,26 @@ class Compared:
     loss: Tensor | None
 
 
-def compare_answers(model: Model, task: ComparingTask, piece: Sequence[EncodedRow]) -> Compared:
-    """Score both answers of some examples by the adapter, and by the reference if the objective has one."""
+def chosen_tokens(rows: Sequence[EncodedRow]) -> float:
+    """The tokens of a chosen answer that a loss counts, with those of its prompt: the mean over some examples."""
+    return sum(len(_target(item)) + (0 if item.earlier is None else len(item.earlier)) for item in rows) / len(rows)
+
+
+def compare_answers(
+    model: Model, task: ComparingTask, piece: Sequence[EncodedRow], chosen: float | None = None
+) -> Compared:
+    """Score both answers of some examples by the adapter, and by the reference if the objective has one.
+
+    Pieces of a batch are weighted by their examples, but the loss of ORPO is a mean over tokens. With the `chosen` of
+    the batch it is larger in a piece of longer answers, so that the weighted mean is that over the batch's tokens.
+
+    Args:
+        chosen: `chosen_tokens` of the batch that the examples are a piece of; None: they are all of it.
+    """
     orpo = task.objective == "orpo"
     scores, loss = _score_answers(model, piece, prompts=orpo)
+    if loss is not None and chosen is not None:
+        loss = loss * (chosen_tokens(piece) / chosen)  # exactly 1 if the batch is not divided
     reference = None
     if not orpo:
         with on_slot(model, _slot_of_reference(model, task)), torch.no_grad():
@@ -256,9 +279,11 @@ def compare_answers(model: Model, task: ComparingTask, piece: Sequence[EncodedRo
     return Compared(scores, reference, counts, loss)
 
 
-def preference_loss(model: Model, task: ComparingTask, piece: Sequence[EncodedRow]) -> Tensor:
-    """The mean loss over some examples: a scalar with a graph."""
-    found = compare_answers(model, task, piece)
+def preference_loss(
+    model: Model, task: ComparingTask, piece: Sequence[EncodedRow], chosen: float | None = None
+) -> Tensor:
+    """The mean loss over some examples: a scalar with a graph. chosen: as in `compare_answers`."""
+    found = compare_answers(model, task, piece, chosen)
     return task.preference_loss(found.scores, found.reference, found.counts, found.loss)
 
 

@@ -43,8 +43,10 @@ from turret.train.distributed import ALONE, Processes
 from turret.train.evaluation import evaluation_mode
 from turret.train.initialize import attach, extract_adapter, fresh_modules, optimiser_of, seeded_generators
 from turret.train.losses import (
+    SMALLEST,
     LossScale,
     backward,
+    chosen_tokens,
     clip_and_step,
     eval_mode,
     loss_of,
@@ -62,7 +64,8 @@ T = TypeVar("T")
 class LocalSlot:
     """The adapter that is attached to a base, as it trains: its weights in float32, their gradients and moments.
 
-    A loss is a mean over the rows, or over the tokens that it counts.
+    A loss is a mean over the rows, or over the tokens that it counts. In float16 the gradients that `forward_backward`
+    adds are multiplied by the loss scale, which changes and is divided out in steps alone.
 
     Args:
         base: The adapter is attached to its model.
@@ -83,6 +86,7 @@ class LocalSlot:
     predicted: Prediction | None = None
     scale: LossScale | None = field(init=False)
     _added: int = field(default=0, init=False)  # examples whose gradients were added since the last step
+    _loss: float = field(default=0.0, init=False)  # the sum of their batches' losses
 
     def __post_init__(self) -> None:
         self.scale = LossScale.of(self.base.dtype)
@@ -128,10 +132,13 @@ class LocalSlot:
         """Add the gradients of a loss over some rows. Returns that loss. loss: None: the task's."""
         if not self._added:
             self.optimiser.zero_gradients()
+            self._loss = 0.0
         first, self._added = self._added, self._added + len(rows)
         try:
             with self._explaining(rows):
-                return self._add_gradients(rows, loss, first)
+                value = self._add_gradients(rows, loss, first)
+                self._loss += value
+                return value
         except BaseException:
             self._added = 0  # no step is taken with the gradients of half a batch
             raise
@@ -141,12 +148,18 @@ class LocalSlot:
 
         Raises:
             TrainingError: No gradients were added since the last step.
-            LossNotFinite: The norm is NaN or infinite; the weights stay, the gradients are dropped.
+            LossNotFinite: The norm is NaN or infinite; the weights stay, the gradients are dropped. In float16 the
+                loss scale is halved, so the same gradients may not overflow when they are added again.
         """
         if not self._added:
             raise TrainingError("no gradients were added since the last step: call forward_backward first")
         self._added = 0
-        return clip_and_step(self.optimiser, step)
+        try:
+            return self._update(step)
+        except LossNotFinite:
+            if self.scale is not None and math.isfinite(self._loss) and self.scale.value > SMALLEST:
+                self.scale.lower()
+            raise
 
     def train_step(self, rows: Sequence[EncodedRow], step: OptimStep, loss: Loss | None = None) -> tuple[float, float]:
         """Both verbs at once. In float16 gradients that overflow are computed again, with half the loss scale.
@@ -160,19 +173,25 @@ class LocalSlot:
         Raises:
             LossNotFinite: One of them is NaN or infinite; the weights stay.
         """
+        self._added = 0  # gradients that were added before are dropped
         with self._explaining(rows):
             while True:
                 self.optimiser.zero_gradients()
                 value = self._add_gradients(rows, loss)
                 try:
-                    norm = clip_and_step(self.optimiser, step, value)
-                    break
+                    return value, self._update(step, value)
                 except LossNotFinite:
                     if self.scale is None or not math.isfinite(value) or not self.scale.lower():
                         raise
+
+    def _update(self, step: OptimStep, loss: float = 0.0) -> float:
+        """`clip_and_step` with the gradients as they are without a loss scale."""
+        if self.scale is not None:
+            self.optimiser.gradients.mul_(1.0 / self.scale.value)
+        norm = clip_and_step(self.optimiser, step, loss)
         if self.scale is not None:
             self.scale.count_passed_step()
-        return value, norm
+        return norm
 
     def save(self, lineage: Lineage | None = None) -> Adapter:
         """The adapter as it is now, ready for `bundles.save_bundle`."""
@@ -199,7 +218,8 @@ class LocalSlot:
         """Add the gradients of the mean loss over the whole batch, in all processes, and return that loss.
 
         The mean is over the batch's examples (classify) or the tokens that the loss counts (a text). So dividing the
-        batch into micro-batches, or among processes, changes only the order of summation.
+        batch into micro-batches, or among processes, changes only the order of summation. The gradients of all
+        processes are multiplied by the loss scale; the loss is not.
 
         Args:
             loss: None: the task's.
@@ -225,10 +245,12 @@ class LocalSlot:
                 )
             add(loss_over_the_batch(model, task, pieces, draws, loss))
         else:
-            with eval_mode(model) if batch[0].rival is not None else nullcontext():
+            compares = batch[0].rival is not None
+            chosen = chosen_tokens(batch) if compares else None
+            with eval_mode(model) if compares else nullcontext():
                 for piece in pieces:
                     with drawing(model, draws, [item.number for item in piece]):
-                        add(loss_of(model, task, piece, loss) * (sum(item.weight for item in piece) / total))
+                        add(loss_of(model, task, piece, loss, chosen) * (sum(item.weight for item in piece) / total))
                     between_passes()
         for _ in range(passes_of(model, batch, self.most_tokens, self.processes) - len(pieces)):
             with drawing(model, draws, [first]):
@@ -236,8 +258,6 @@ class LocalSlot:
         # a process has no share of a very small batch
         mean = torch.stack(losses).sum().float() if losses else self.optimiser.gradients.new_zeros(())
         self.processes.sum(self.optimiser.gradients, mean)  # the rest is the same in every process
-        if self.scale is not None:
-            self.optimiser.gradients.mul_(1.0 / self.scale.value)
         return float(mean)
 
     @contextmanager
