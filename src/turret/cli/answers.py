@@ -472,7 +472,7 @@ def _with_top(answer: Answer, top: int) -> JsonObject:
 def _print_answers(
     task: type[Task], texts: Sequence[Input], answers: Sequence[Answer], top: int, coverage: float | None
 ) -> None:
-    from turret.workspace.predicted_file import other_labels
+    from turret.workspace.answering import other_labels
 
     for text, answer in zip(texts, answers, strict=True):
         short = cut(printable(str(text)), 72)

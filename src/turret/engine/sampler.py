@@ -249,7 +249,8 @@ def resolve_settings(
         temperature=options.effective_temperature,
         top_k=options.top_k,
         top_p=None if options.top_p is None or options.top_p >= 1.0 else options.top_p,
-        seed=random.SystemRandom().getrandbits(63) if options.seed is None else options.seed,
+        # Python takes -1 and 1 for the same seed
+        seed=random.SystemRandom().getrandbits(63) if options.seed is None else options.seed % 2**64,
         stop=options.stop,
         num_beams=beams,
         logprobs=options.logprobs,

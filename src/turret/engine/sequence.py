@@ -319,7 +319,7 @@ class Beams:
 
     def __init__(self, settings: GenerationSettings, before: Sequence[int]) -> None:
         self.settings = settings
-        self.random = random.Random(settings.seed % 2**64)  # Python takes -1 and 1 for the same seed
+        self.random = random.Random(settings.seed)
         self._before = list(before)  # tokens before the answer that penalties count too
         self._size = settings.num_beams
         self.running: list[tuple[int, ...]] = [()] * self._size
@@ -409,7 +409,7 @@ class RunningSequence:
     ) -> None:
         assert request.ids is not None
         self.request, self.settings, self.slot = request, settings, slot
-        self.random = random.Random(settings.seed % 2**64)  # Python takes -1 and 1 for the same seed
+        self.random = random.Random(settings.seed)
         self.kv_slots = [] if kv_slot is None else [kv_slot]  # none, if another program has the cache
         self.tokens: list[int] = []
         self.beams = Beams(settings, before) if settings.num_beams > 1 else None

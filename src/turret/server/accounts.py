@@ -134,8 +134,8 @@ def read_usage(
     Raises:
         BadRequest: `since` or `until` is no day.
     """
-    _check_day(since)
-    _check_day(until)
+    for day in filter(None, (since, until)):
+        read_day(day)
     databases = [workspace_of(view, caller, each).store.database(make=True) for each in tenants]
     view.services.usage.flush()
     return [row for each in databases for row in usage.read_usage(each, since, until)]
@@ -152,7 +152,8 @@ def audit_page(
     Raises:
         BadRequest: `since` is no day, or a filter has a NUL character.
     """
-    _check_day(filters.get("since"))
+    if day := filters.get("since"):
+        read_day(day)
     for field, part in filters.items():
         if part is not None and "\0" in part:
             raise BadRequest(f"{field} {ascii(part)[:40]}: a NUL character is in no action")
@@ -161,9 +162,12 @@ def audit_page(
     return found[:limit], found[limit - 1].id if len(found) > limit else None
 
 
-def _check_day(text: str | None) -> None:
-    """Raise BadRequest for a day that no calendar has."""
+def read_day(text: str, first_year: int = 1) -> date:
+    """The day that a filter names. Raises BadRequest for one that no calendar has, or of a year before `first_year`."""
     try:
-        date.fromisoformat(text or "2000-01-01")
+        found = date.fromisoformat(text)
     except ValueError:
-        raise BadRequest(f"day {ascii(text)[:40]}: expected year, month and day, such as 2026-11-27") from None
+        found = None
+    if found is None or found.year < first_year:
+        raise BadRequest(f"day {ascii(text)[:40]}: expected year, month and day, such as 2026-11-27")
+    return found

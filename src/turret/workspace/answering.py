@@ -81,6 +81,16 @@ def ranked_labels(answer: Answer) -> list[tuple[str, float]]:
     return sorted(((str(label), float(p)) for label, p in probabilities.items()), key=lambda each: -each[1])
 
 
+def other_labels(task: Task | type[Task], answer: Answer) -> list[tuple[str, float]]:
+    """The labels that are not answered with their probabilities, the most probable first.
+
+    The most probable label may be among them: `score` answers the median level.
+    """
+    given = task.prediction_of(answer)
+    own = given if isinstance(given, list) else [given]
+    return [(label, chance) for label, chance in ranked_labels(answer) if label not in own]
+
+
 # --- answering --------------------------------------------------------------------------------------------------------
 
 

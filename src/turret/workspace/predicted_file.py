@@ -28,7 +28,14 @@ from turret.json_types import JsonObject
 from turret.store import Store, Version, promises
 from turret.tasks import TASKS, Prediction, Task, stored_task
 from turret.tasks.shapes import Answer, TaskSpec
-from turret.workspace.answering import Mounted, PredictOptions, check_options, mount_version, ranked_labels
+from turret.workspace.answering import (
+    Mounted,
+    PredictOptions,
+    check_options,
+    mount_version,
+    other_labels,
+    ranked_labels,
+)
 from turret.workspace.progress import Say
 from turret.workspace.reading import read_rows, trained_on
 from turret.workspace.results import Predicted, Suggested, Suggestion
@@ -118,16 +125,6 @@ def _values(task: Task, answer: Answer, top: int) -> JsonObject:
         values[f"predicted_{question}"] = each["label"]
         values[f"probability_{question}"] = round(each["probabilities"][each["label"]], 6)
     return values
-
-
-def other_labels(task: Task | type[Task], answer: Answer) -> list[tuple[str, float]]:
-    """The labels that are not answered with their probabilities, the most probable first.
-
-    The most probable label may be among them: `score` answers the median level.
-    """
-    given = task.prediction_of(answer)
-    own = given if isinstance(given, list) else [given]
-    return [(label, chance) for label, chance in ranked_labels(answer) if label not in own]
 
 
 def _names(columns: Sequence[str], spec: TaskSpec, request: PredictOptions, *, promised: bool) -> dict[str, str]:

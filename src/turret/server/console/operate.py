@@ -158,8 +158,8 @@ def _usage_query(
     count: Text = "requests",
 ) -> Asked:
     today = datetime.now(UTC).date()
-    last = _day(until) if until else today
-    first = _day(since) if since else last - timedelta(days=DAYS - 1)
+    last = accounts.read_day(until, FIRST_YEAR) if until else today
+    first = accounts.read_day(since, FIRST_YEAR) if since else last - timedelta(days=DAYS - 1)
     if not 0 <= (last - first).days < MOST_DAYS:
         raise BadRequest(f"{first} to {last}: expected at most {MOST_DAYS} days, the first one first")
     if by not in FIELDS or count not in COUNTS:
@@ -168,16 +168,6 @@ def _usage_query(
 
 
 Question = Annotated[Asked, Depends(_usage_query)]
-
-
-def _day(text: str) -> date:
-    try:
-        found = date.fromisoformat(text)
-    except ValueError:
-        found = date.min
-    if found.year < FIRST_YEAR:
-        raise BadRequest(f"day {ascii(text)[:40]}: expected year, month and day, such as 2026-11-27")
-    return found
 
 
 @router.get("/store/usage")
@@ -250,7 +240,12 @@ async def audit(
     before: Before = None,
 ) -> Response:
     """Who changed what, the newest first."""
-    filters = {"who": who, "verb": verb, "what": what, "since": since and _day(since).isoformat()}
+    filters = {
+        "who": who,
+        "verb": verb,
+        "what": what,
+        "since": since and accounts.read_day(since, FIRST_YEAR).isoformat(),
+    }
     only, caller = {key: value for key, value in filters.items() if value}, page.caller
     found, more = await view.control(accounts.audit_page, view, caller, ACTIONS, before, tenant or None, **only)
     given = only | ({"tenant": tenant} if tenant else {})
