@@ -38,20 +38,9 @@ MEASURED = [
 NO_MEASUREMENT = {
     "docs/measured.md": ("2.0x [1.8, 2.3]",),
     "docs/howto/experiments.md": ("a betting score: it starts at 0.5",),
-    "docs/howto/fleet.md": ("20 requests a second for each replica",),
-    "docs/howto/gpu.md": ("14 launches a mask",),
     "docs/howto/untrained.md": ("a softmax of 20 times the cosines",),
     "docs/reference/exchange.md": ("100 times the size of the archive",),
     "docs/reference/http.md": ("at most 1/32 of the remaining ones",),
-    "docs/howto/compare.md": (
-        "Hu et al. 2021",
-        "Li & Liang 2021",
-        "within a point",
-        "points of luck",
-        "-100 to +100 points",
-        "14 points of",
-        "It assumes 0.8 points",
-    ),
 }
 
 
