@@ -137,6 +137,22 @@ def test_streamed_pieces_join_to_the_answer(family: str) -> None:
         assert len(pieces) == 1, "beams are decided at the end"
 
 
+def test_a_streamed_text_that_the_tokenizer_cleans_up_is_the_answer() -> None:
+    made = shelf("t5")
+    base = made.base()
+    base.tokenizer.clean_up_tokenization_spaces = True
+    base.tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    bias = tuple((token, 90.0) for token in base.tokenizer.convert_tokens_to_ids(["▁", "n", "'", "t", "."]))
+    with made.engine(base) as engine:
+        for strip in (True, False):
+            asked = [SamplingParams(24, temperature=9.0, seed=seed, logit_bias=bias, strip=strip) for seed in range(4)]
+            streamed = ["".join(engine.submit("generate", TEXTS[0], None, each).stream()) for each in asked]
+            assert streamed == [engine.generate(TEXTS[:1], None, each)[0]["text"] for each in asked]
+        base.tokenizer.clean_up_tokenization_spaces = False
+        plain = [engine.generate(TEXTS[:1], None, each)[0]["text"] for each in asked]
+    assert streamed != plain, "the control: there was something to clean up"
+
+
 @pytest.mark.parametrize(
     "options", [SamplingParams(), SamplingParams(num_beams=2), SamplingParams(stop=("never there",))]
 )
@@ -240,6 +256,19 @@ def test_a_text_longer_than_the_bases_positions_is_refused() -> None:
         with pytest.raises(DataError, match="has 600 tokens or more and this engine takes at most 512"):
             engine.submit("generate", [5] * 600, None)
         assert engine.generate([TEXTS[0]], None, SamplingParams(max_tokens=500))[0]["tokens"] <= 500
+
+
+def test_a_text_that_would_change_the_frequencies_of_its_neighbours_is_refused() -> None:
+    """Dynamic rotary positions are computed for the longest row of a pass."""
+    made = shelf("llama")
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    base = made.base(rope_parameters=rope, max_position_embeddings=64)
+    with made.engine(base) as engine:
+        with pytest.raises(DataError, match="has 65 tokens or more and this engine takes at most 64"):
+            engine.submit("generate", [5] * 65, None)
+        with pytest.raises(DataError, match="has 60 tokens or more and this engine takes at most 59"):
+            engine.submit("generate", [5] * 60, "prefix").result(30)
+        assert engine.submit("generate", [5] * 60, None, SamplingParams(min_tokens=4)).result(30)["tokens"] == 4
 
 
 # --- probabilities ----------------------------------------------------------------------------------------------------

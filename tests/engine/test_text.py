@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import byte_level
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from turret.engine.sequence import IncrementalText, TokenEnds, text_of_token
 
@@ -79,6 +80,25 @@ def test_a_stop_string_across_tokens_is_held_back_until_it_is_decided() -> None:
 def test_an_incomplete_character_is_held_back() -> None:
     text = IncrementalText(lambda tokens: ["", "a�", "aé"][len(tokens)], [])
     assert [text.grow([1]), text.grow([1, 2]), text.end()] == ["a", "é", ""]
+
+
+CLEANING = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([("a", 0.0)], unk_id=0)))
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([*" .,n'tsvem", " n", "'t", "re"]), max_size=20), st.booleans())
+@example(["I", " do", " n", "'", "t", " know", " ."], True)
+@example(["n", " ", "'", " ", "."], False)
+def test_what_the_tokenizer_cleans_up_is_held_back_until_it_is_decided(words: list[str], strip: bool) -> None:
+    """As T5's tokenizers with `clean_up_tokenization_spaces`."""
+
+    def decode(tokens: Sequence[int]) -> str:
+        return CLEANING.clean_up_tokenization("".join(words[: len(tokens)]))
+
+    text = IncrementalText(decode, (), strip=strip, cleans=True)
+    pieces = [text.grow(range(count)) for count in range(1, len(words) + 1)]
+    whole = decode(range(len(words)))
+    assert "".join([*pieces, text.end()]) == text.text == (whole.strip() if strip else whole)
 
 
 def test_white_space_around_the_text_is_never_sent() -> None:

@@ -8,19 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_training
 import torch
 import transformers
+from adapters_at_hand import GENERATES
 from batches import own_target_logits, padded, rows
 from small_models import save_base, tokenizer
 
 import turret
 from turret import bases
-from turret.adapters import attach, classify_logits, on_slot, target_logits
+from turret.adapters import Adapter, BaseInfo, attach, classify_logits, extract, on_slot, target_logits
 from turret.bases import base
+from turret.engine import runner as runner_module
+from turret.engine.runner import Runner
+from turret.engine.sequence import DecodeStep, Prefill
 from turret.errors import TurretError, UnknownFamily
 from turret.families import FAMILIES
 from turret.families.generic import kind_of
-from turret.methods import LoRA
+from turret.methods import LoRA, Peft
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -94,6 +99,94 @@ def test_an_encoder_that_is_not_listed_classifies_as_by_itself(name: str) -> Non
     with on_slot(model, 0):
         torch.testing.assert_close(classify_logits(model, inputs), own, **CLOSE)
     assert family.lora_targets
+
+
+OPT: dict[str, Any] = SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 48, "max_position_embeddings": 64}
+LN = Peft(peft_type="LN_TUNING", target_modules=["final_layer_norm"])
+ALL = LoRA(r=2, init_lora_weights=False, target_modules="all-linear")
+SERVED = {
+    "rows that are left out": (lambda: transformers.OPTConfig(**OPT), ALL),
+    "norms of tokens without rows": (lambda: transformers.OPTConfig(**OPT), LN),
+    "experts": (
+        lambda: transformers.HunYuanMoEV1Config(**GROUPED, head_dim=12, num_experts=4, moe_topk=2),
+        LoRA(r=2, init_lora_weights=False, target_modules=("gate_proj", "q_proj")),
+    ),
+    "a window": (lambda: transformers.Starcoder2Config(**GROUPED, sliding_window=8), ALL),
+    "another name of a head's size": (lambda: transformers.GPTNeoXConfig(**SIZES), ALL),
+}
+
+
+@pytest.mark.parametrize("case", SERVED)
+@torch.no_grad()
+def test_a_decoder_that_is_not_listed_is_served_as_by_itself(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an adapter and bare in one pass, in long prompts that take several passes, step by step, and scored."""
+    monkeypatch.setattr(runner_module, "PROMPT_PASS", 16)
+    config, method = SERVED[case]
+    model = small(config(), transformers.AutoModelForCausalLM)
+    family, _ = base.recognise_family(model, "decoder")
+    prompts, targets = rows(1, (9, 40)), rows(2, (2, 2))
+    own = own_target_logits(model, prompts, targets).split(2)
+    scored = float(
+        own_target_logits(model, [prompts[1]], [targets[1]]).log_softmax(-1).gather(1, targets[1][:, None]).sum()
+    )
+
+    trained = small(config(), transformers.AutoModelForCausalLM)
+    attach(trained, method, generator=torch.Generator().manual_seed(1)).eval()
+    for name, each in trained.named_parameters():
+        if each.requires_grad and "ln_tuning" in name:
+            each.add_(torch.linspace(-0.5, 0.5, each.numel()))
+    adapted = target_logits(trained, prompts, targets).split(2)
+    assert (adapted[0] - own[0]).abs().max() > 1e-3
+    mixed = (
+        target_logits(trained, prompts, targets, [1, 0]).split(2) if isinstance(method, LoRA) else (adapted[0], own[1])
+    )
+    for found, wanted in zip(mixed, (adapted[0], own[1]), strict=True):
+        torch.testing.assert_close(found, wanted, **CLOSE)
+
+    runner = Runner(tiny_training.Base(model, tokenizer("llama"), family))  # type: ignore[arg-type]
+    tensors, head, stored = extract(trained)
+    adapter = Adapter(stored, tensors, head, BaseInfo("small", None, family.name))
+    runner.adapter_pool.mount(1, runner.adapter_pool.prepare(adapter, "a", GENERATES))  # type: ignore[arg-type]
+    for slots in ((1, 0), (0, 1)):
+        kv_slots = [runner.kv_slot(len(prompt), 2, slot) for prompt, slot in zip(prompts, slots, strict=True)]
+        begin = [Prefill(*each) for each in zip([each.tolist() for each in prompts], slots, kv_slots, strict=True)]
+        first = runner.run([*begin, Prefill(prompts[1].tolist(), branches=(targets[1].tolist(), [5, 6]))])
+        last = runner.run(
+            [], [DecodeStep(int(t[0]), slot, kv) for t, slot, kv in zip(targets, slots, kv_slots, strict=True)]
+        )
+        for row, slot in enumerate(slots):
+            wanted = (adapted if slot else own)[row]
+            torch.testing.assert_close(torch.stack([first.vocabulary[row], last.vocabulary[row]]), wanted, **CLOSE)
+        assert first.scores[0][0] == pytest.approx(scored, abs=1e-4)
+        with torch.inference_mode():
+            for each in kv_slots:
+                runner.cache.close(each)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (
+            lambda: transformers.JetMoeConfig(**GROUPED, kv_channels=12, num_local_experts=4, num_experts_per_tok=2),
+            "has keys and values of",
+        ),
+        (lambda: transformers.DiffLlamaConfig(**GROUPED), "computes attention twice"),
+    ],
+    ids=["keys of another shape", "two pairs of keys"],
+)
+def test_a_decoder_whose_keys_no_cache_has_room_for_is_refused(config: Any, reason: str) -> None:
+    model = small(config(), transformers.AutoModelForCausalLM)
+    with pytest.raises(UnknownFamily, match=reason):
+        base.recognise_family(model, "decoder")
+
+
+@torch.no_grad()
+def test_an_encoder_that_gives_attention_other_tokens_than_its_rows_have_takes_them_one_by_one() -> None:
+    """ESM reads the mask too, which is of one token here; a kernel that believed it would read beyond its tensors."""
+    model = small(transformers.EsmConfig(**SIZES, mask_token_id=1), transformers.AutoModelForSequenceClassification)
+    family, off = base.recognise_family(model, "encoder")
+    assert family.rows_alone
+    assert off < 1e-4
 
 
 def test_what_gives_other_outputs_under_the_hooks_is_refused_with_how_far_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,8 @@ def test_frequencies_that_change_with_the_longest_row_of_a_batch_are_not_used() 
     long = config("phi3", rope_parameters=rope, original_max_position_embeddings=64)
     assert FAMILIES["phi3"].position_limit(long) == 64
     assert FAMILIES["phi3"].position_limit(config("phi3")) == 520
+    assert [FAMILIES["phi3"].last_position(each) for each in (long, config("phi3"))] == [64, None]
+    assert FAMILIES["bert"].last_position(config("bert")) == 520
 
 
 FLAN = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}  # the configuration of FLAN-T5

@@ -84,9 +84,11 @@ class RoutedLinear(nn.Module):
         y: Tensor = self.base_layer(x)  # (B, T, D_out)
         if slot is not None:
             return y
-        if self.context.lengths is not None and x.dim() == 2:
-            return y  # a pooler inside the body takes unpadded tokens for one row; its output is never used
         dim, groups = self.context.places_by_slot(self.stream, x.device)
+        if self.context.lengths is not None and x.dim() == 2:
+            if len(x) != sum(self.context.lengths[self.stream]):
+                return y  # a pooler inside the body takes unpadded tokens for one row; its output is never used
+            dim = 0  # (N, D_in), as OPT passes tokens
         for slot, index in groups.items():
             if (scaled := self.scaled.get(slot)) is not None:
                 y = y.index_copy(dim, index, scaled(self.base_layer, x.index_select(dim, index)).to(y.dtype))
@@ -134,6 +136,8 @@ class RoutedWhole(nn.Module):
         dim, groups = self.context.places_by_slot(self.stream, x.device)
         if dim == 0 and len(x) == 1:  # positions, the same for all rows
             x = x.expand(sum(map(len, groups.values())), *x.shape[1:])
+        if dim == 1 and x.dim() == 2 and x.is_floating_point():  # hidden states (N, D); ids are (1, N)
+            dim = 0
         y = linear(self.base_module, x)
         for slot, index in groups.items():
             if str(slot) in self.slots:

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from turret import quantized
 from turret.adapters.adapter import BaseInfo, StoredAdapter
+from turret.adapters.batch_context import BARE
 from turret.adapters.hooks import detach, hook_model, require_bare
 from turret.adapters.packed import classify_logits, target_logits
 from turret.bases.device import ChosenDevice, choose_device, default_dtype, gigabytes, use_quick_float32
@@ -457,7 +458,7 @@ def recognise_family(model: Model, kind: Kind) -> tuple[Family, float]:
         try:
             own = _own_outputs(model, kind) if own is None else own
             found = _hooked_outputs(model, kind)
-        except (AdapterError, AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
+        except Exception as error:  # a model raises many kinds under a wrong guess
             why = " ".join(str(error).split())[:120]
         else:
             off = float((found - own).abs().max() / own.abs().max().clamp(min=1e-12))
@@ -489,15 +490,29 @@ def _own_outputs(model: Model, kind: Kind) -> Tensor:
 
 def _hooked_outputs(model: Model, kind: Kind) -> Tensor:
     """What it says with the hooks on, all rows in one pass."""
-    rows = _probe_rows(model)
-    hook_model(model, plain=True)
+    rows, bare = _probe_rows(model), [BARE] * len(LENGTHS)
+    attached = hook_model(model, plain=True)
     try:
         if not _generates_text(model, kind):
-            return classify_logits(model, rows, [0] * len(rows)).float()
-        start = [row[:1] for row in rows]
-        return target_logits(model, start, [torch.cat([row[1:], row[:1]]) for row in rows], [0] * len(rows)).float()
+            return classify_logits(model, rows, bare).float()
+        captured = attached.context.capture = _Once()
+        found = target_logits(model, [row[:1] for row in rows], [row.roll(-1) for row in rows], bare).float()
+        for site in attached.sites:
+            shapes = [(each.shape[1], each.shape[3]) for each in captured[site.name]]
+            if shapes != 2 * [(site.kv_heads, site.head_dim)]:
+                raise AdapterError(f"{site.name} has keys and values of {shapes} heads and numbers, unlike its config")
+        return found
     finally:
         detach(model)
+
+
+class _Once(dict[str, tuple[Tensor, Tensor]]):
+    """The keys and values of each site. A cache has room for one pair."""
+
+    def __setitem__(self, site: str, pair: tuple[Tensor, Tensor]) -> None:
+        if site in self:
+            raise AdapterError(f"{site} computes attention twice")
+        super().__setitem__(site, pair)
 
 
 def _generates_text(model: Model, kind: Kind) -> bool:

@@ -303,6 +303,8 @@ class AdapterPool:
         linears = [routed_linear(model, self.attached, path) for path in target_paths(model, "all-linear")]
         self._number = {id(linear): number for number, linear in enumerate(linears)}
         self._paths = {path: self._number[id(linear)] for path, linear in self.attached.linears.items()}
+        poolers = set(family.body_excludes)
+        self._poolers = {number for path, number in self._paths.items() if poolers & set(path.split("."))}
         self.sizes = [layer_sizes(linear.base_layer) for linear in linears]
         self.dtype: torch.dtype = quantized.computes_in(linears[0].base_layer, model)
         self.device = device_of(model)
@@ -486,8 +488,10 @@ class AdapterPool:
         number = self.number(layer)
         if self._head_rows:
             return self._head_linear(layer.base_layer, number, x)
-        if x.dim() == 2:  # a pooler inside the body takes all tokens for one row; its output is not used
-            return x.new_zeros(len(x), self.sizes[number][1])
+        if x.dim() == 2:  # (N, D_in), as OPT and mixtures of experts pass tokens
+            if number in self._poolers:  # it takes all tokens for one row; its output is not used
+                return x.new_zeros(len(x), self.sizes[number][1])
+            return self.linear(layer, x[None])[0]
         if self.family.rows_alone:
             return self._row_alone(layer.base_layer, number, x)
         return self.products([layer], x[0])[0][None]
@@ -527,6 +531,8 @@ class AdapterPool:
                 if (own := self._whole_at(slot, module.path)) is not None:
                     y[rows] = own(x[rows])
             return y
+        if x.dim() == 2 and x.is_floating_point():  # hidden states (N, D); ids are (1, N)
+            return self.whole(module, x[None])[0]
         for start, end, adapter in self._scaled.get(module.stream, ()):
             if (own := adapter.whole.get(module.path)) is not None:
                 y[:, start:end] = own(x[:, start:end])

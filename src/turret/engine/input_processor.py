@@ -37,7 +37,7 @@ class Prompts:
         self._lock = threading.Lock()
         self.can_generate = base.model.get_output_embeddings() is not None and base.family.causal
         self.is_encoder_decoder = base.family.is_encoder_decoder
-        self._last_position = base.family.position_limit(base.model.config)
+        self._last_position = base.family.last_position(base.model.config)
 
     def request(
         self,
@@ -301,7 +301,7 @@ class Prompts:
         """The most tokens of a row: prompt and answer. shift: tokens of its prefix."""
         family, most = self._base.family, self._limits.max_tokens
         end = self._last_position
-        if family.positions != "table" or end is None:
+        if end is None:
             return most
         return min(most, end - shift if family.causal else end)
 

@@ -111,6 +111,7 @@ class GenerationSettings:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its score)
     strip: bool = True  # white space around the answer
     echo: bool = False  # the text and the logprobs begin with the prompt's
+    cleans: bool = False  # the tokenizer removes spaces before punctuation and English contractions
 
     @property
     def plain(self) -> bool:

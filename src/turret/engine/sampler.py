@@ -181,8 +181,9 @@ def base_settings(model: Model, tokenizer: Tokenizer) -> GenerationSettings:
     """The settings of the base's generation_config.json. Raises BaseModelError for one that is not implemented."""
     config = getattr(model, "generation_config", None)
     eos = dict.fromkeys([*_ids(getattr(config, "eos_token_id", None)), *_ids(tokenizer.eos_token_id)])
+    cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
     if config is None:
-        return GenerationSettings(MAX_TOKENS, tuple(eos))
+        return GenerationSettings(MAX_TOKENS, tuple(eos), cleans=cleans)
     for name, neutral in NOT_DONE.items():
         if getattr(config, name, None) not in neutral:
             raise BaseModelError(
@@ -200,6 +201,7 @@ def base_settings(model: Model, tokenizer: Tokenizer) -> GenerationSettings:
         forced_eos=tuple(_ids(config.forced_eos_token_id)),
         length_penalty=float(1.0 if config.length_penalty is None else config.length_penalty),
         early_stopping=config.early_stopping or False,
+        cleans=cleans,
     )
 
 

@@ -69,19 +69,28 @@ class DecodeStep:
 # Which part of a text is final, and where a stop string ends it.
 #
 # The text is the decoded tokens, stripped unless it is raw. These are held back because later tokens may change them:
-# white space at the end of a stripped text, an incomplete character, and the possible start of a stop string.
+# white space at the end of a stripped text, an incomplete character, and the possible start of a stop string or of what
+# the tokenizer cleans up.
 
 
 HALF = "�"  # decoders write this for an incomplete character
 BROKEN_TOKENS = 64  # tokens without a whole character, after which their bytes are taken for broken
+# They lose their space in transformers; that behind ' comes back before a stop.
+CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're", "' ")
 CONTEXT_TOKENS = 4  # earlier tokens that decide how a token is written
 
 
 class IncrementalText:
-    """The final part of a growing text. `decode` makes text of tokens and strips nothing."""
+    """The final part of a growing text. `decode` makes text of tokens and strips nothing.
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str], *, strip: bool = True) -> None:
+    cleans: as of `GenerationSettings`.
+    """
+
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], stop: Sequence[str], *, strip: bool = True, cleans: bool = False
+    ) -> None:
         self._decode, self._stop, self._strip = decode, tuple(stop), strip
+        self._held = (*self._stop, *(CLEANED if cleans else ()))  # their starts are held back
         self.text = ""
         self._whole = ""
         self.decoded = ""  # all tokens, also after a stop string
@@ -123,9 +132,9 @@ class IncrementalText:
     def _open_end(self) -> int:
         """The number of characters at the end that may still change or become a stop string."""
         halves = len(self._whole) - len(self._whole.rstrip(HALF))
-        longest = max(map(len, self._stop), default=0)
+        longest = max(map(len, self._held), default=0)
         for count in range(min(longest - 1, len(self._whole)), 0, -1):
-            if any(each.startswith(self._whole[-count:]) for each in self._stop):
+            if any(each.startswith(self._whole[-count:]) for each in self._held):
                 return max(count, halves)
         return halves
 
@@ -198,7 +207,7 @@ class AnswerText:
     def __init__(self, decode: Decode, settings: GenerationSettings, before: Sequence[int]) -> None:
         self._near = [] if settings.strip else list(before[-CONTEXT_TOKENS:])
         self._start = decode(self._near) if self._near else ""
-        self._text = IncrementalText(self._after(decode), settings.stop, strip=settings.strip)
+        self._text = IncrementalText(self._after(decode), settings.stop, strip=settings.strip, cleans=settings.cleans)
         self._ends = None if settings.logprobs is None else TokenEnds(decode, self._near)
         self._sent, self._told = 0, 0  # characters, tokens
         self._ended = False

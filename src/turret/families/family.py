@@ -103,7 +103,7 @@ def heads_of(config: ModelConfig, module: Submodule) -> tuple[int, int]:
     heads = (
         heads or _first_attribute(module, "n_heads", "num_heads", "num_attention_heads") or config.num_attention_heads
     )
-    head_dim = _first_attribute(module, "head_dim", "attention_head_size", "key_value_proj_dim")
+    head_dim = _first_attribute(module, "head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
     assert head_dim is not None
     return int(heads), int(head_dim)
 
@@ -142,6 +142,12 @@ def parts_of_head(model: Model) -> HeadParts:
         return getattr(model if hasattr(model, name) else model.base_model, name)
 
     return part
+
+
+def _changes_frequencies(config: ModelConfig) -> bool:
+    """Whether a long row changes the rotary frequencies of all rows of its batch."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("rope_type") in ("dynamic", "longrope")
 
 
 def project(model: Model, hidden: Tensor, output: OutputLayer) -> Tensor:
@@ -287,11 +293,14 @@ class Family:
         limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         if limit is None or self.positions == "relative":
             return None
-        rope = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type") in ("dynamic", "longrope"):
+        if _changes_frequencies(config):
             original = "original_max_position_embeddings"
-            limit = getattr(config, original, None) or rope.get(original, limit)
+            limit = getattr(config, original, None) or config.rope_parameters.get(original, limit)
         return int(limit) - self.position_offset(config)
+
+    def last_position(self, config: ModelConfig) -> int | None:
+        """The limit if no row may pass it: of a learned table, and of frequencies that change. None: rows may."""
+        return self.position_limit(config) if self.positions == "table" or _changes_frequencies(config) else None
 
     def sites(self, model: Model) -> list[Site]:
         """Every attention module of `model`, in the order of its layers, self-attention before cross-attention.

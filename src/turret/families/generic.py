@@ -11,6 +11,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from turret.families.family import Family, HeadParts, Kind, Pooling, first_token, last_token, no_offset
+from turret.families.mistral import configured_window
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -84,6 +85,7 @@ def guesses(model: Model, kind: Kind) -> Iterator[Family]:
             head_dropouts=tuple(name for name in ("dropout", "drop") if hasattr(model, name)),
             heads_first=("q_norm", "k_norm"),  # some are, and nothing tells which
             pooling=pooling,
+            window=_window,
             body_excludes=("pooler",),
             positions="table" if _has_table(model) else "rotary",
             position_offset=offset,
@@ -128,6 +130,11 @@ def _has_table(model: Model) -> bool:
     """Whether the model has a learned table of positions."""
     names = ("position_embeddings", "embed_positions", "wpe")
     return any(path.rpartition(".")[2] in names for path, _ in model.base_model.named_modules())
+
+
+def _window(module: nn.Module) -> int | None:
+    own: int | None = getattr(module, "sliding_window", None)
+    return configured_window(module) if own is None else own
 
 
 def _after_padding(config: ModelConfig) -> int:

@@ -99,6 +99,9 @@ def rows_struct(
         return rows.memo[key]
     for each in (q, k, v):
         assert each.stride(-1) == 1
+    queries, keys = _ends(rows)
+    if queries > len(q) or keys > len(k) or k.shape != v.shape or q.shape[2] != k.shape[2]:
+        raise ValueError(f"attention got {[*q.shape]}, {[*k.shape]} and {[*v.shape]} for {queries} tokens")
     if prefixes.pairs:
         pairs = [None if place is None else prefixes.pairs[place] for place in prefixes.of_row]
         lengths = torch.tensor([0 if pair is None else pair[0].shape[1] for pair in pairs])
@@ -149,6 +152,15 @@ def _mask_struct(dropped: DropoutArguments, tokens: int) -> _MaskStruct:
 def _mask(dropped: DropoutArguments, x: Tensor) -> _Mask | None:
     """The mask of x (..., D), or None if there is no dropout."""
     return ctypes.pointer(_mask_struct(dropped, x.numel() // x.shape[-1])) if dropped.threshold else None
+
+
+def _ends(rows: AttentionRows) -> tuple[int, int]:
+    """One past the last query and the last key."""
+    known: tuple[int, int] | None = rows.memo.get("ends")
+    if known is None:
+        known = int((rows.query_starts + rows.query_lengths).max()), int((rows.key_starts + rows.key_lengths).max())
+        rows.memo["ends"] = known
+    return known
 
 
 def _without_prefixes(rows: AttentionRows) -> tuple[int, Tensor]:
