@@ -122,6 +122,15 @@ def replace_text(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def place_folder(folder: Path, target: Path) -> None:
+    """Rename a folder to a name that tells its content, unless somebody else has just placed that there."""
+    try:
+        os.replace(folder, target)
+    except OSError:
+        if not target.exists():
+            raise
+
+
 @contextmanager
 def exclusive_lock(folder: Path, seconds: float = 10.0) -> Iterator[bool]:
     """Hold an exclusive lock on a folder during the block; wait up to `seconds` for other processes to release it.

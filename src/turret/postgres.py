@@ -237,17 +237,22 @@ def _connect(url: str, store: str) -> psycopg.Connection[TupleRow]:
     return connection
 
 
+def plain_text(text: str) -> str:
+    """The text as PostgreSQL stores it, which has no NUL and no half characters: each becomes U+FFFD."""
+    return text.replace("\0", "\ufffd").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 @cache
 def _text_dumper() -> type[StrDumperUnknown]:
-    """Writes every text of Python: PostgreSQL has no NUL, and UTF-8 no half characters, so each becomes U+FFFD.
+    """Writes every text of Python as `plain_text` does.
 
-    A client may send either in any name. Nothing that is stored has such a name, so nothing is found by it.
+    A client may send any text as a name. Nothing that is stored has such a name, so nothing is found by it.
     """
     from psycopg.types.string import StrDumperUnknown
 
     class TextDumper(StrDumperUnknown):
         def dump(self, obj: str) -> bytes:
-            return obj.replace("\0", "\ufffd").encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+            return plain_text(obj).encode()
 
     return TextDumper
 

@@ -190,14 +190,13 @@ def _begin_transaction(engine: Engine, opened: ExitStack) -> Connection:
 
 
 def _engine(path: Path, read_only: bool, alone: bool, patience: float = BUSY_SECONDS) -> Engine:
-    address = f"file:{quote(str(path.absolute()))}"
-    if read_only:
-        # Without a -wal file there is no writer, and SQLite needs no files that it may not create.
-        immutable = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
-        address += f"?mode=ro{immutable}"
-
     def connect() -> sqlite3.Connection:
-        if not read_only:
+        address = f"file:{quote(str(path.absolute()))}"
+        if read_only:
+            # Without a -wal file there is no writer now, and SQLite needs no files that it may not create.
+            immutable = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
+            address += f"?mode=ro{immutable}"
+        else:
             make_file(path)  # SQLite gives -wal and -shm the same permissions
         # isolation_level=None: `_begin` opens transactions, instead of the driver.
         return sqlite3.connect(address, uri=True, timeout=patience, isolation_level=None, check_same_thread=False)

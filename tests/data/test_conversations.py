@@ -104,6 +104,21 @@ def test_calls_of_tools_are_kept_in_one_form(tmp_path: Path, turns: list[Any]) -
     assert found.output == "It is mild."
 
 
+def test_half_characters_in_calls_and_tools_become_whole_ones(tmp_path: Path) -> None:
+    call = {"id": "\ud800", "function": {"name": "f", "arguments": {"x": "\ud800"}}}
+    turns = [
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "name": "f\ud800", "tool_call_id": "\ud800", "content": "r"},
+        {"role": "assistant", "content": "done"},
+    ]
+    tools = [{"name": "f", "description": "\ud800"}]
+    table = rows(lambda i: {"messages": [{"role": "user", "content": f"Hi {i}"}, *turns], "tools": tools})
+    one, *_ = conversations(write_jsonl(tmp_path / "a.jsonl", table))
+    assert one.turns[1].message()["tool_calls"][0]["function"]["arguments"] == {"x": "\ufffd"}
+    assert (one.turns[2].name, one.turns[2].call_id) == ("f\ufffd", "\ufffd")
+    assert json.loads(one.tools)[0]["function"]["description"] == "\ufffd"
+
+
 def test_conversations_that_do_not_fit_in_memory_are_the_same(tmp_path: Path) -> None:
     made = rows(lambda i: {"messages": chats.messages(said(i)), "tools": [TOOL]})
     source = Data(source=str(write_jsonl(tmp_path / "a.jsonl", made)), test=1)

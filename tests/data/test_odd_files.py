@@ -12,7 +12,10 @@ from small_tables import load
 from table_bytes import GERMAN, POLISH, RUSSIAN, csv
 
 from turret.data import Dataset
+from turret.data.dataset import read_inputs
 from turret.errors import LINE, DataError
+from turret.recipe import Data
+from turret.tasks.classify import Classify
 
 ODD = odd_files()
 
@@ -61,6 +64,25 @@ def test_letters_come_out_right_whatever_the_encoding(tmp_path: Path) -> None:
         read_texts = {example.input for example in (*data.train, *data.test)}
         assert f"{texts[0][0]} 0" in read_texts
         assert set(data.labels) == {label for _, label in texts}
+
+
+@pytest.mark.parametrize("codec", ["utf-8", "utf-16-le", "utf-16-be", "utf-32-le"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("t.jsonl", '{"text": "a"}\n'), ("t.json", '[{"text": "a"}]'), ("t.csv", "text,n\na,1\n"), ("t.txt", "a\n")],
+)
+def test_a_byte_order_mark_is_no_letter_in_an_encoding_that_is_named(
+    codec: str, name: str, content: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(f"\ufeff{content}".encode(codec))
+    assert read_inputs(Data(source=str(path), encoding=codec, text="text"), Classify.schema()) == ["a"]
+
+
+def test_an_unknown_encoding_of_a_text_file_is_said(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("a\n")
+    with pytest.raises(DataError, match=r"data\.encoding 'utf-9' is unknown"):
+        read_inputs(Data(source=str(tmp_path / "t.txt"), encoding="utf-9"), Classify.schema())
 
 
 @pytest.mark.parametrize(

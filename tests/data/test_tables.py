@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import sys
 import time
@@ -15,11 +16,12 @@ import pytest
 from small_tables import NEWS, POLES, labelled, load, write_csv, write_jsonl
 
 from turret.data import Labelled, Pair
+from turret.data.columns import Finder
 from turret.data.dataset import read_dataset, read_inputs, read_test
 from turret.data.source import open_source
 from turret.errors import DataError
 from turret.recipe import Data, Task
-from turret.tasks import schemas
+from turret.tasks import TASKS, schemas, task_of
 from turret.tasks.classify import Classify
 from turret.tasks.generate import Summarize
 
@@ -35,6 +37,17 @@ def test_tables_load_no_torch() -> None:
 
 
 # --- columns ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TASKS if kind not in ("chat", "preference")])
+def test_inputs_that_cannot_be_told_are_asked_for_by_options_that_the_task_reads(kind: str) -> None:
+    schema, columns = task_of(kind).schema(), ("a", "b")
+    with pytest.raises(DataError, match="cannot tell which column") as caught:
+        Finder.of(Data(source="x"), columns).inputs(schema)
+    roles = [option.replace("-", "_") for option in re.findall(r"--([a-z-]+) COLUMN", str(caught.value))]
+    named = dict(zip(roles, columns, strict=False))
+    assert set(roles) <= {"text", "text_pair", "prompt"}
+    assert Finder.of(Data(source="x", **named), columns).inputs(schema) == named
 
 
 @pytest.mark.parametrize(
@@ -261,6 +274,18 @@ def test_labels_are_words_in_order(tmp_path: Path, written: list[Any], labels: t
 def test_labels_that_are_no_classes_are_refused(tmp_path: Path, written: list[Any], said: str) -> None:
     with pytest.raises(DataError, match=said):
         load(write_jsonl(tmp_path / "t.jsonl", labelled(written * 4)))
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"tokens": ["a", "b"], "tags": ["O", "B-\ud800"]}, {}),
+        ({"text": "great film", "mood\ud800": "good", "tone": "bad"}, {"label": ["mood\ud800", "tone"]}),
+    ],
+)
+def test_tags_and_questions_with_half_characters_are_refused_too(tmp_path: Path, row: Any, fields: Any) -> None:
+    with pytest.raises(DataError, match="has NUL or half characters"):
+        load(write_jsonl(tmp_path / "t.jsonl", [row] * 4), **fields)
 
 
 def test_a_column_of_texts_is_not_taken_for_labels(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from turret.adapters.tuners.lora import COMBINATIONS
 from turret.cli.main import app, run
 from turret.errors import AdapterError, RecipeError
 from turret.workspace import Workspace
+from turret.workspace.merging import _mean
 
 CHANGED = {"modules_to_save": None, "task_type": None, "init_lora_weights": True}  # dare draws behind the same start
 
@@ -113,6 +114,12 @@ def test_what_cannot_be_merged_is_refused_in_one_line(two: tuple[Workspace, list
     with pytest.raises(AdapterError, match="adapters of prefix cannot be merged with one another"):
         workspace.merge(["prefix", "prefix"], "x")
     assert [version.name for version in workspace.list("x")] == []
+
+
+def test_adapters_without_heads_may_have_weights_that_add_up_to_nothing() -> None:
+    assert _mean([{}, {}], [1.0, -1.0]) == {}
+    with pytest.raises(RecipeError, match="the weights add up to 0, so there is no mean of the heads"):
+        _mean([{"head": torch.ones(2)}] * 2, [1.0, -1.0])
 
 
 def test_the_command_says_what_it_made(two: tuple[Workspace, list[Path]], capsys: pytest.CaptureFixture[str]) -> None:

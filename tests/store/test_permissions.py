@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from sqlalchemy import func, select
 from store.bundles import tensors, write_bundle
 
+from turret.database import Database, versions
 from turret.store import Store
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
@@ -73,6 +75,20 @@ def test_the_files_of_a_store_by_url_are_their_owners_alone(new_url, tmp_path: P
     assert mode(tmp_path / "files") == mode(store.root) == "0o700"
     assert mode(tmp_path / "files" / "catalog") == "0o600"
     assert {mode(path) for path in (tmp_path / "files").glob("blobs/sha256/??/*")} == {"0o400"}
+
+
+def test_a_reader_that_may_not_write_sees_what_others_write_after_it_came(tmp_path: Path) -> None:
+    store = fill(tmp_path / "store", tmp_path / "bundles")
+    reader = Database.open_catalog(store.root / "turret.db", read_only=True)
+
+    def seen() -> int:
+        with reader.reading() as connection:
+            return connection.execute(select(func.count()).select_from(versions)).scalar_one()
+
+    assert seen() == 1
+    with store.database().reading():  # so that what is put stays in the WAL
+        store.put("b", write_bundle(tmp_path / "bundles", tensors(2)))
+        assert seen() == 2
 
 
 def _umask() -> int:

@@ -200,6 +200,8 @@ def test_show_tells_all_that_is_known(store, make_bundle) -> None:
         (lambda b: (b / "manifest.json").write_text("[" * 100_000), "is not JSON"),
         (lambda b: (b / "manifest.json").write_text("[]"), "lacks 'digest'"),
         (lambda b: (b / "manifest.json").write_text('{"digest": "sha256:x"}'), "lacks 'digest' or 'files'"),
+        (lambda b: (b / "manifest.json").write_text('{"digest": "x", "files": ["a"]}'), "lacks 'digest' or 'files'"),
+        (lambda b: (b / "manifest.json").write_text('{"digest": "x", "files": {"a": 1}}'), "lacks 'digest' or 'files'"),
         (lambda b: (b / "adapter_config.json").unlink(), "names 'adapter_config.json': No such file"),
         (lambda b: (b / "adapter_config.json").write_text("{} "), "the bundle was changed"),
         (lambda b: _link(b / "adapter_config.json"), "is not a regular file"),

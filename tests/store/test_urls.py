@@ -17,6 +17,7 @@ from servers import PASSWORD, USER
 from store.bundles import tensors, write_bundle
 from store.s3_proxy import proxied, through
 
+from turret.access import Access
 from turret.cli.main import run
 from turret.errors import BadLocation, InUse, NotFound, StoreError
 from turret.location import Location
@@ -91,8 +92,11 @@ def test_two_stores_in_one_database_are_apart(new_url, postgres_server, make_bun
 def test_characters_that_a_server_may_refuse_harm_no_verb(store, put) -> None:
     put(said={"note": "a\0b", "half": "\ud800", "lineage": {"recipe": "\0"}})
     put(said={"lineage": {"parent": "a@1"}})
-    assert store.list()[0].manifest["note"] == "a\0b"
+    assert [store.list()[0].manifest[key] for key in ("note", "half")] == ["a\ufffdb", "\ufffd"]
     assert store.verify().ok
+    store.promote("a@1", "production")
+    assert [each.number for each in store.pointing()[1]] == [1]
+    assert [str(each) for each in store.with_access(Access(bases=("tiny",))).list()] == ["a@1", "a@2"]
     with pytest.raises(InUse, match="a@2 was made from it"):
         store.delete("a@1")
     store.delete("a@2")

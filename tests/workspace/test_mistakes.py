@@ -10,7 +10,7 @@ import random
 import re
 import shutil
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from turret.cli.main import run
 from turret.compare.results import Details, RunReport
 from turret.data import Prompt, TextPair, Turn
+from turret.data.source import open_table
 from turret.data.table_writer import TableWriter, TextForm, escape_formula
 from turret.errors import AdapterError, DataError, NotFound
 from turret.recipe import Recipe
@@ -579,7 +580,7 @@ def test_a_mistake_that_is_a_formula_is_harmless_in_the_table_of_mistakes(traine
     assert [row["text"] for row in read(tmp_path / "errors.csv")] == [f"'{text}"]
 
 
-@pytest.mark.parametrize("text", ["", "a", "a=b", " =1", "1", "-1", "+.5", "-1e9", "e"])
+@pytest.mark.parametrize("text", ["", "a", "a=b", " =1", "1", "-1", "+.5", "-1e9", "e", "-0.5 | 2e-3"])
 def test_a_harmless_text_stays_as_it_is(text: str) -> None:
     assert escape_formula(text) == text
 
@@ -595,3 +596,28 @@ def test_a_table_writer_keeps_numbers_exact_and_has_no_nan(tmp_path) -> None:
     ]  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
     assert [line["a"] for line in lines] == [0.1 + 0.2, -1.5, None, None, True, ["a", "b"]]
+
+
+def test_a_table_writer_takes_every_cell_that_a_table_may_have(tmp_path) -> None:
+    zoned = datetime(2025, 3, 4, tzinfo=UTC)
+    values: list[Any] = ["one\rtwo", "half \ud800", 123_456_789_012_345_678, zoned]
+    for name in ("x.csv", "x.jsonl", "x.xlsx"):
+        with TableWriter(tmp_path / name, ["a", "b"]) as writer:
+            for value in values:
+                writer.write({"a": value, "b": "next"})
+    again = [
+        [cells[0] for _, cells in open_table(tmp_path / name).read(["a"])] for name in ("x.csv", "x.jsonl", "x.xlsx")
+    ]
+    texts = ["one\rtwo", r"half \ud800", "123456789012345678", str(zoned)]
+    assert again[0] == texts
+    assert again[1] == [*values[:3], str(zoned)]
+    assert again[2] == texts
+
+
+def test_a_vector_that_begins_with_a_negative_number_is_no_formula(tmp_path) -> None:
+    with TableWriter(tmp_path / "x.csv", ["a"]) as writer:
+        for value in ([-0.5, 2e-9, -3.0], [-0.5], ["-1", "=1+1"], ["-1 ", "2"]):
+            writer.write({"a": value})
+    cells = [row["a"] for row in read(tmp_path / "x.csv")]
+    assert cells == ["-0.5 | 2e-09 | -3.0", "-0.5", "'-1 | =1+1", "'-1  | 2"]
+    assert writer.guarded == 2

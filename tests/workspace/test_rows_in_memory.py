@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -240,6 +241,18 @@ def test_a_client_of_a_server_cannot_name_rows_of_the_server(folder: Path) -> No
         store.queue.submit_sent(made, {})
 
 
+def test_rows_that_another_thread_places_at_the_same_time_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def place_first(folder: Path, target: Path) -> None:
+        shutil.copytree(folder, target)
+        replace(folder, target)
+
+    monkeypatch.setattr(os, "replace", place_first)
+    placed = memory.write_rows([{"text": "placed by two threads"}])
+    assert len(list(source.open_rows(placed)[""].read(["text"]))) == 1
+
+
 def test_gc_keeps_rows_that_a_version_or_a_running_training_names_and_removes_others(tmp_path: Path) -> None:
     store = Workspace(tmp_path / "store").store
     kept, unneeded, young = (Recipe(name="x", data=ROWS[:count]) for count in (2, 3, 4))
@@ -255,6 +268,19 @@ def test_gc_keeps_rows_that_a_version_or_a_running_training_names_and_removes_ot
     store.end_run(run, "finished", result={})
     store.gc()
     assert {path.name for path in (store.root / "data").iterdir()} == {memory.digest_of(young.data.source)}
+
+
+def test_gc_keeps_the_rows_of_a_training_on_another_machine_whose_recipe_is_not_copied_yet(
+    new_url: Any, tmp_path: Path
+) -> None:
+    url = new_url()
+    store, made = Workspace(url).store, Recipe(name="x", data=ROWS)
+    store.new_run("x", made.to_toml(), "sha256:x")
+    store.keep_rows(made.data.source)
+    with store.database().writing() as connection:
+        connection.exec_driver_sql("UPDATE artifacts SET changed = '2000-01-01'")
+    elsewhere = Workspace(url.replace(str(tmp_path / "local"), str(tmp_path / "elsewhere"))).store
+    assert elsewhere.gc().removed == ()
 
 
 @pytest.mark.slow

@@ -172,14 +172,12 @@ def _one_label(cell: CellValue, names: Sequence[str]) -> str | None:
         return _label_by_number(cell, names)
     if not isinstance(cell, str):
         raise DataError(f"expected a label, found {type(cell).__name__}")
-    text = _no_longer_than_a_label(trim_text(cell))
+    text = _checked_label(trim_text(cell))
     if whole := _WHOLE.fullmatch(text):
         return whole.group(1)
     if _FRACTION.fullmatch(text):
         several = " (or is it several labels? set task.multi_label)" if "," in text else ""
         raise DataError(f"the label {quote(text, 40)} is a fraction: classes are whole numbers or words{several}")
-    if "\0" in text or _SURROGATE.search(text):
-        raise DataError(f"the label {quote(text, 40)} has NUL or half characters: correct it")
     return text or None
 
 
@@ -188,12 +186,12 @@ def _label_by_number(number: float, names: Sequence[str]) -> str | None:
         raise DataError(f"the label {number} is not a whole number: classes are whole numbers or words")
     index = int(number)
     if not names:
-        return _no_longer_than_a_label(_digits(index))
+        return _checked_label(_digits(index))
     if index == -1:  # how `datasets` writes "no label"
         return None
     if not 0 <= index < len(names):
         raise DataError(f"the label {quote(index, 40)} has no name: the names are {quote_all(names)}")
-    return names[index]
+    return _checked_label(names[index])
 
 
 def _digits(number: float) -> str:
@@ -203,9 +201,11 @@ def _digits(number: float) -> str:
         raise DataError("a whole number of thousands of digits: expected text or a label; correct it") from None
 
 
-def _no_longer_than_a_label(text: str) -> str:
+def _checked_label(text: str) -> str:
     if len(text) > LABEL_LIMIT:
         raise DataError(f"a label of {len(text)} characters, the limit is {LABEL_LIMIT}: is this the column of labels?")
+    if "\0" in text or _SURROGATE.search(text):
+        raise DataError(f"the label {quote(text, 40)} has NUL or half characters: correct it")
     return text
 
 
@@ -419,7 +419,7 @@ def spans_of_tags(words: Sequence[str], tags: Sequence[str]) -> tuple[str, list[
         parts = _TAG.fullmatch(tag)
         letter, label = (parts[1], parts[2]) if parts else ("I", "" if tag in _NO_TAG else tag)
         if label:
-            _no_longer_than_a_label(label)
+            _checked_label(label)
             start = len(text) - len(word)
             if letter in "IELM" and label == open_label:
                 spans[-1] = (spans[-1][0], len(text), label)
@@ -544,7 +544,7 @@ class RowReader:
             raise DataError(f"{column}: {error}") from None
         if label is None:
             return ""
-        given = answer_to(column, str(label))
+        given = _checked_label(answer_to(column, str(label)))
         meant = self.rename.get(given, given)
         self.renamed.update([given] if given in self.rename else [])
         if meant and question_in(meant) != column:

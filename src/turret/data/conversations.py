@@ -163,8 +163,8 @@ def _turn(value: CellValue, replaced: Counter[str] | None = None) -> Turn:
         calls, content = json_in(content, "is not JSON: expected a call of a tool"), ""
     if calls is not None and role != "assistant":
         raise DataError(f"a turn of the role {role} has tool calls: only the assistant calls tools")
-    name, call = (str(value.get(key) or "") for key in ("name", "tool_call_id"))
-    written = "" if calls is None else _calls(calls)
+    name, call = (text_of(str(value.get(key) or ""), replaced) or "" for key in ("name", "tool_call_id"))
+    written = "" if calls is None else _calls(calls, replaced)
     return Turn(role, content, written, name if role == "tool" else "", call if role == "tool" else "")
 
 
@@ -178,10 +178,10 @@ def _content(cell: CellValue, replaced: Counter[str] | None = None) -> str:
     return text_of(cell, replaced) or ""
 
 
-def _calls(value: CellValue) -> str:
+def _calls(value: CellValue, replaced: Counter[str] | None = None) -> str:
     """The calls of a turn as JSON, in the form that chat templates expect: with the arguments as an object."""
     calls = [_call(each) for each in (value if isinstance(value, (list, tuple)) else [value])]
-    return json.dumps(calls, ensure_ascii=False) if calls else ""
+    return text_of(json.dumps(calls, ensure_ascii=False), replaced) or "" if calls else ""
 
 
 def _function(value: CellValue, wrong: str) -> JsonMapping:
@@ -215,4 +215,4 @@ def tools_of(cell: CellValue) -> str:
         )
         first = {key: function[key] for key in ("name", "description", "parameters") if key in function}
         wrapped.append({"type": "function", "function": first | dict(function)})  # in one order, for equal tokens
-    return json.dumps(wrapped, ensure_ascii=False) if wrapped else ""
+    return text_of(json.dumps(wrapped, ensure_ascii=False)) or "" if wrapped else ""

@@ -11,7 +11,6 @@ import atexit
 import functools
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 from turret.data.table import CellValue, check_columns
+from turret.disk import place_folder
 from turret.errors import DataError, quote
 from turret.json_types import JsonObject, JsonValue
 
@@ -116,7 +116,7 @@ def write_rows(value: Rows) -> str:
             rows += count
         folder = _home() / whole.hexdigest()
         if not folder.exists():
-            os.replace(working, folder)
+            place_folder(working, folder)
     except OSError as error:
         raise DataError(f"the rows cannot be written to {_home()}: {error.strerror}: free some space there") from None
     finally:

@@ -17,7 +17,8 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from datetime import date, datetime, time
+from datetime import date, time
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".xlsx")
 STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # of a formula; the last four are full-width
 JOINED = " | "  # between the items of a list, in CSV, TSV and workbooks
-CELL, ROWS = 32_767, 1_048_576  # characters of a cell and rows of a sheet that Excel reads
-_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+CELL, ROWS, DIGITS = 32_767, 1_048_576, 15  # of a cell, a sheet and a number that Excel reads: characters, rows, digits
+_ONE = r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?"
+_NUMBERS = re.compile(rf"{_ONE}( \| {_ONE})*")  # one, or a vector: several, JOINED
 _COMMA, _POINT = re.compile(r"[+-]?\d+,\d+"), re.compile(r"[+-]?\d+\.\d+")
 
 
@@ -72,7 +74,7 @@ def form_of(source: str, found: FileFormat, rows: Iterable[Sequence[CellValue]],
 
 def escape_formula(text: str) -> str:
     """The text, with a `'` in front if a spreadsheet would run it as a formula."""
-    return f"'{text}" if text.startswith(STARTS) and not _NUMBER.fullmatch(text) else text
+    return f"'{text}" if text.startswith(STARTS) and not _NUMBERS.fullmatch(text) else text
 
 
 def check_target(path: Path) -> None:
@@ -114,12 +116,13 @@ class TableWriter:
                 self._book.create_sheet("answers")
                 self._append(self.columns)
                 return self
-            self._file = self._partial.open("x", encoding="utf-8", newline="")
+            self._file = self._partial.open("x", encoding="utf-8", errors="backslashreplace", newline="")
         except OSError as error:
             raise self._writing_error(error) from None
         if self._kind != ".jsonl":
             delimiter = self.form.delimiter or ("\t" if self._kind == ".tsv" else ",")
-            self._rows = csv.writer(self._file, delimiter=delimiter, lineterminator="\n")
+            write = partial(csv.writer, self._file, delimiter=delimiter, lineterminator="\n")
+            self._rows, self._quoted = write(), write(quoting=csv.QUOTE_ALL)
             self._rows.writerow([self._cell(name) for name in self.columns])
         return self
 
@@ -134,7 +137,9 @@ class TableWriter:
                 line = dict(zip(self.columns, map(_plain, values), strict=True))
                 self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False, default=str) + "\n")
             else:
-                self._rows.writerow([self._cell(value) for value in values])
+                cells = [self._cell(value) for value in values]
+                # before Python 3.13 a cell with a carriage return alone gets no quotes
+                (self._quoted if any("\r" in cell for cell in cells) else self._rows).writerow(cells)
         except OSError as error:
             raise self._writing_error(error) from None
 
@@ -149,7 +154,7 @@ class TableWriter:
         return safe
 
     def _append(self, values: Iterable[CellValue]) -> None:
-        """Write a row of the workbook: numbers and dates as they are, and everything else as text."""
+        """Write a row of the workbook: what it keeps as it is, and everything else as text."""
         from openpyxl.cell import WriteOnlyCell
         from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE  # what no workbook may have
 
@@ -162,10 +167,10 @@ class TableWriter:
             )
         cells = []
         for value in values:
-            if value is None or isinstance(value, (bool, int, float, datetime, date, time)):
+            if _fits_workbook(value):
                 cells.append(WriteOnlyCell(sheet, _plain(value)))
                 continue
-            text = str(ILLEGAL_CHARACTERS_RE.sub("", _text(value)))
+            text = str(ILLEGAL_CHARACTERS_RE.sub("", _text(value).encode(errors="backslashreplace").decode()))
             self.shortened += len(text) > CELL
             cells.append(WriteOnlyCell(sheet, text[:CELL]))
             cells[-1].data_type = "s"  # never a formula
@@ -213,6 +218,13 @@ class TableWriter:
 
 def _text(value: CellValue) -> str:
     return JOINED.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _fits_workbook(value: CellValue) -> bool:
+    """Whether a workbook keeps a value as it is: a number of at most `DIGITS` digits, or a time without a zone."""
+    if isinstance(value, int):
+        return abs(value) < 10**DIGITS
+    return value is None or (isinstance(value, (float, date, time)) and getattr(value, "tzinfo", None) is None)
 
 
 def _plain(value: CellValue) -> CellValue:

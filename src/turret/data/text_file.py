@@ -171,9 +171,9 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 
-def lines_of(path: Path, encoding: str | None = None) -> list[str]:
+def lines_of(path: Path, encoding: str | None = None) -> Iterator[str]:
     """The lines of a text file, without their ends."""
-    return [line.rstrip("\r\n") for line in read_lines(path, encoding or find_encoding(path)[0], newline="")]
+    return (line.rstrip("\r\n") for line in read_lines(path, find_encoding(path, encoding)[0], newline=""))
 
 
 def read_lines(path: Path, encoding: str, newline: str) -> Iterator[str]:
@@ -245,6 +245,11 @@ def find_encoding(path: Path, given: str | None = None) -> tuple[str, str | None
                 raise DataError(
                     f"data.encoding {quote(given, 40)} is unknown: give utf-8, cp1252, utf-16 or another of Python's"
                 ) from None
+        with open_bytes(path) as file:
+            head = file.read(4)
+        for mark, name in _MARKS:  # a codec of one byte order would read the mark as a character
+            if head.startswith(mark) and codec.name in (f"{name}-le", f"{name}-be"):
+                return name, None
         return (UTF8 if codec.name == "utf-8" else codec.name), None
     with open_bytes(path) as file:
         head = file.read(_CHUNK)

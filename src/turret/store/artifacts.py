@@ -58,7 +58,9 @@ def read_bundle(bundle: Path) -> tuple[Manifest, dict[str, Path]]:
         raise BundleError(f"{bundle} is not a bundle: {MANIFEST}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not JSON: {error}") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("digest"), str) or "files" not in manifest:
+    listed = manifest.get("files") if isinstance(manifest, dict) else None
+    has_files = isinstance(listed, dict) and all(isinstance(each, dict) for each in listed.values())
+    if not has_files or not isinstance(manifest.get("digest"), str):
         raise BundleError(f"{path} lacks 'digest' or 'files': this is not a bundle that turret wrote")
     named = [MANIFEST, *manifest["files"]]
     for name in named:

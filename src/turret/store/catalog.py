@@ -32,6 +32,7 @@ from turret.errors import Corrupt, NotFound
 from turret.json_types import JsonObject, JsonValue, Plain, mapping_of
 from turret.manifest import BaseSpec, Lineage, Manifest, MethodSpec, base_in, lineage_in, method_in, task_in
 from turret.notebook import as_html, metrics_table
+from turret.postgres import plain_text
 from turret.reference import Reference
 from turret.store.blobs import Blob
 from turret.tasks.shapes import Metrics, SplitMetrics, TaskSpec
@@ -254,7 +255,7 @@ def find(connection: Connection, reference: Reference) -> Version:
     if reference.version is not None:
         query = query.where(versions.c.number == reference.version)
     else:
-        version_id = pointed_at(connection, adapter_id, reference.alias or PRODUCTION)
+        version_id = pointed_at(connection, adapter_id, reference.alias or PRODUCTION, seen=True)
         if version_id is None and reference.alias is None:
             query = query.where(versions.c.comparison.is_(None)).order_by(versions.c.number.desc()).limit(1)
         else:
@@ -391,9 +392,11 @@ def _version(row: RowMapping, pointing: tuple[str, ...]) -> Version:
     return Version(**columns, metrics=metrics, manifest=manifest, aliases=pointing)
 
 
-def pointed_at(connection: Connection, adapter_id: int, alias: str) -> int | None:
-    """The row id of the version that the alias names; None if it names none."""
+def pointed_at(connection: Connection, adapter_id: int, alias: str, *, seen: bool = False) -> int | None:
+    """The row id of the version that the alias names; None if it names none, or with `seen` if that is not seen."""
     query = select(aliases.c.version_id).where(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
+    if seen:
+        query = query.join(versions, aliases.c.version_id == versions.c.id).where(seen_versions(connection))
     return connection.execute(query).scalar()
 
 
@@ -426,7 +429,9 @@ def summary(connection: Connection, adapter_id: int) -> str:
 
 
 def plain(value: JsonValue) -> JsonValue:
-    """Convert a value to strict JSON: plain dicts and lists, and null for NaN and infinity."""
+    """Convert a value to strict JSON: plain dicts, lists and texts, and null for NaN and infinity."""
+    if isinstance(value, str):
+        return plain_text(value)
     if isinstance(value, Mapping):
         return plain_object(value)
     if isinstance(value, list | tuple):
@@ -438,4 +443,4 @@ def plain(value: JsonValue) -> JsonValue:
 
 def plain_object(fields: Mapping[str, Plain]) -> JsonObject:
     """Convert a mapping to strict JSON, see `plain`."""
-    return {str(key): plain(item) for key, item in fields.items()}
+    return {plain_text(str(key)): plain(item) for key, item in fields.items()}

@@ -59,11 +59,12 @@ from turret.database import (
 from turret.database import leases as lease_rows
 from turret.errors import InUse, NotFound, QueueFull, RecipeError
 from turret.json_types import AsJson, JsonMapping, JsonObject, JsonValue, Plain
+from turret.postgres import plain_text
 from turret.store import leases
 from turret.store.blobs import digest_of
 from turret.store.catalog import now, plain, who
 from turret.store.leases import Lease
-from turret.store.runs import HELD, HeldRun, TrainingRuns, new_id, plain_error
+from turret.store.runs import HELD, HeldRun, TrainingRuns, new_id
 
 if TYPE_CHECKING:
     from turret.store.core import Store
@@ -441,9 +442,9 @@ class JobQueue:
         self._cancel_cells(connection, [cell_id(self._tenant, found["study"], key) for key in keys])
 
     def place(self, run: str) -> tuple[int, int] | None:
-        """The place of a waiting training among those of its tenant, from 1, and how many wait; else None."""
+        """The place of a waiting training among those that may be seen, from 1, and how many wait; else None."""
         with self._database.reading() as connection:
-            mine = (jobs.c.tenant == self._tenant) & (jobs.c.state == "waiting") & _open((TRAINING,))
+            mine = seen_runs(connection) & (jobs.c.state == "waiting") & _open((TRAINING,))
             order = select(jobs.c.id).where(mine).order_by(jobs.c.priority.desc(), jobs.c.queued, jobs.c.id)
             found = list(connection.execute(order).scalars())
         return (found.index(run) + 1, len(found)) if run in found else None
@@ -555,7 +556,7 @@ class JobQueue:
 
     def write_log(self, taken: Job, lines: Iterable[str], *, last: bool = False) -> bool:
         """Add lines to the log of a job. Returns whether its end was asked for. Raises LeaseLost."""
-        added = [plain_error(line)[:LINE] for line in lines]
+        added = [plain_text(line)[:LINE] for line in lines]
         with self._database.reading() as connection:
             asked = connection.execute(select(jobs.c.cancelled).where(jobs.c.id == taken.id)).scalar() is not None
         if added:
@@ -679,7 +680,7 @@ def end_job(
     ended = None if state in ("waiting", "interrupted") else now()
     if ended is not None:  # whoever had it, and wakes up, writes nothing
         leases.close(connection, HELD + id, by)
-    values: JsonObject = {"state": state, "ended": ended, "error": None if error is None else plain_error(error)}
+    values: JsonObject = {"state": state, "ended": ended, "error": None if error is None else plain_text(error)}
     if result is not None:
         values["result"] = plain(result)
     connection.execute(update(jobs).where(jobs.c.id == id).values(values))

@@ -24,11 +24,10 @@ from sqlalchemy import Connection, Text, cast, select
 
 from turret.access import DEFAULT
 from turret.data import memory
-from turret.database import OPEN_STATES, TRAINING, Database, access_of, jobs, versions
-from turret.disk import PRIVATE, bytes_below, make_folder, permissions, sync
+from turret.database import OPEN_STATES, Database, access_of, jobs, versions
+from turret.disk import PRIVATE, bytes_below, make_folder, permissions, place_folder, sync
 from turret.store import scratch
 from turret.store.artifacts import Artifact, Artifacts
-from turret.store.runs import PREFIX
 from turret.store.scratch import OLD, Removed
 from turret.timestamp import timestamp
 
@@ -187,7 +186,7 @@ def bring_rows(root: Path, home: Path, artifacts: Artifacts, source: str) -> Non
 
 def _unneeded_rows(connection: Connection, root: Path, artifacts: Artifacts) -> tuple[list[Path], list[Artifact]]:
     """Folders of this machine, and files of the store, that nothing has named for an hour."""
-    needed, before = _needed_rows(connection, root, artifacts), time.time() - OLD
+    needed, before = _needed_rows(connection), time.time() - OLD
     local = [
         path
         for _, folder in _folders(root, ROWS_FOLDER)
@@ -215,25 +214,20 @@ def _place_rows(source: Path, target: Path, mode: int) -> None:
             shutil.copyfile(path, beside / path.name)
             (beside / path.name).chmod(mode & 0o666)
             sync(beside / path.name)
-        try:
-            os.replace(beside, target)
-        except OSError:  # another process has just placed the same content
-            if not target.exists():
-                raise
+        place_folder(beside, target)
         sync(target.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _needed_rows(connection: Connection, root: Path, artifacts: Artifacts) -> set[str]:
-    """The digests of rows that a version or an unfinished training names."""
+def _needed_rows(connection: Connection) -> set[str]:
+    """The digests of rows that a version or an unfinished training or cell names."""
     text = cast(versions.c.manifest, Text)
-    texts = list(connection.execute(select(text).where(text.contains("rows:"))).scalars())
-    unfinished = (jobs.c.kind == TRAINING) & jobs.c.state.in_(("running", "interrupted"))
-    for run in connection.execute(select(jobs.c.id).where(unfinished)).scalars():
-        path = f"{PREFIX}{run}/recipe.toml"
-        content = artifacts.read(path) if artifacts.copies else None
-        if content is None and (root / path).exists():
-            content = (root / path).read_bytes()
-        texts.append((content or b"").decode("utf-8", "replace"))
-    return {digest for each in texts for digest in _NAMED.findall(each)}
+    unfinished = jobs.c.state.in_((*OPEN_STATES, "interrupted"))
+    named = (
+        select(text).where(text.contains("rows:")),
+        select(jobs.c.recipe).where(unfinished, jobs.c.recipe.contains("rows:")),
+    )
+    return {
+        digest for query in named for each in connection.execute(query).scalars() for digest in _NAMED.findall(each)
+    }

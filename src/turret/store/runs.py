@@ -33,6 +33,7 @@ from turret.database import leases as lease_rows
 from turret.disk import make_below, make_folder, replace_text
 from turret.errors import InUse, LeaseLost, StoreError
 from turret.json_types import JsonObject, JsonValue, Plain
+from turret.postgres import plain_text
 from turret.store import leases
 from turret.store.artifacts import Artifacts
 from turret.store.blobs import Blob, digest_of
@@ -126,7 +127,7 @@ class TrainingRuns:
         run_id = new_id()
         own = self._make_folder(run_id)
         replace_text(own / "recipe.toml", recipe_toml)
-        row = {"id": run_id, "name": name, "state": "running", "created": now()}
+        row = {"id": run_id, "name": name, "state": "running", "created": now(), "recipe": recipe_toml}
         row |= {"recipe_digest": digest_of(recipe_toml), "data_digest": data_digest}
         with self._database.writing() as connection:
             lease = leases.take(connection, HELD + run_id)
@@ -255,7 +256,7 @@ class TrainingRuns:
     ) -> list[Blob]:
         """As `end`, in a transaction. Returns the files that are not needed after it, for `Artifacts.discard`."""
         run.require(connection)
-        error = None if error is None else plain_error(error)
+        error = None if error is None else plain_text(error)
         row = {"state": state, "ended": now(), "error": error, "result": plain(result)}
         connection.execute(update(jobs).where(jobs.c.id == run.id).values(row))
         if state == "interrupted":  # another process may go on
@@ -355,11 +356,6 @@ def _link(path: Path, name: Path) -> None:
 def new_id() -> str:
     """The id of a run that is made now."""
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
-
-
-def plain_error(text: str) -> str:
-    """The text as PostgreSQL stores it: without NUL and lone surrogates."""
-    return text.encode("utf-8", "replace").decode().replace("\0", "?")
 
 
 def find(database: Database, run_id: str) -> RunRow | None:

@@ -174,7 +174,7 @@ def _of_manifest(version: Version, content: Mapping[str, Blob], text: bytes) -> 
         return
     if manifest.get("digest") != version.digest:
         yield f"has digest {str(manifest.get('digest'))[:19]}..., but {version.digest[:19]}... is listed"
-    elif catalog.plain(manifest) != version.manifest:
+    elif catalog.plain(manifest) != catalog.plain(version.manifest):
         yield "differs from the listed manifest"
     named = {name: f"sha256:{entry.get('sha256')}" for name, entry in manifest["files"].items()}
     if named != {name: blob.digest for name, blob in content.items() if name != MANIFEST}:

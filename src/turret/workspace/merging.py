@@ -119,6 +119,8 @@ def _settings(adapter: Adapter) -> JsonObject:
 
 def _mean(heads: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
     """The weighted mean of the heads, with the weights scaled to a sum of 1."""
+    if not heads[0]:
+        return {}
     total = sum(weights)
     if total == 0:
         raise RecipeError("the weights add up to 0, so there is no mean of the heads: give others")
