@@ -3,6 +3,7 @@ verdict is wrong, and what each of the two mends is for."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 
@@ -11,7 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from simulated_comparison import dataset, result
 
+from turret.compare.comparison import score_of
+from turret.compare.design import Cell, candidates
 from turret.compare.verdict import (
     MOST_RESAMPLED,
     Futures,
@@ -19,9 +23,11 @@ from turret.compare.verdict import (
     interval,
     judge,
     mcnemar,
+    rank_correlation_interval,
     rate,
     variance_components,
 )
+from turret.recipe import Recipe
 from turret.statistics import sign_flips, sign_test, smallest
 
 Grow = Callable[[int, int], np.ndarray]
@@ -168,6 +174,30 @@ def test_a_share_is_never_above_all_or_below_none() -> None:
         found = interval(shares, rng, between=(0, 1))
         assert 0 <= found.low <= found.mean <= found.high <= 1
         assert found.high - found.low > 0.01
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.6, 0.9])
+def test_the_interval_of_spearmans_correlation_holds_the_truth_as_often_as_it_says(correlation: float) -> None:
+    rng, held, repeats = np.random.default_rng(5), 0, 300
+    truth = 600 / np.pi * np.arcsin(correlation / 2)  # of two normal variables (Pearson 1907), in points
+    (spec,) = candidates("lora", Recipe(name="tiny", base="small", data="tiny.csv"), "classify")
+    trained = result(Cell(spec, 0, 1.0, spec.recipe), dataset(100), 0.9, 0)
+    for _ in range(repeats):
+        right = rng.standard_normal(100)
+        given = correlation * right + np.sqrt(1 - correlation**2) * rng.standard_normal(100)
+        y, z = (stats.zscore(stats.rankdata(each)) for each in (right, given))
+        scores = 1 - (z - y) ** 2 / 2  # as `Embedding.scores`
+        metrics = dict.fromkeys(("main_score", "spearman"), float(scores.mean()))
+        found = score_of([dataclasses.replace(trained, kind="embedding", scores=scores, metrics=metrics)], rng)
+        assert found.low <= found.mean <= found.high
+        held += found.low <= truth <= found.high
+    assert held >= stats.binom.ppf(0.01, repeats, 0.95)
+
+
+def test_an_order_without_a_mistake_is_no_certainty() -> None:
+    found = rank_correlation_interval(np.ones((3, 40)))
+    assert found.low < 0.99
+    assert found.mean == found.high == 1
 
 
 def test_fifty_examples_without_a_disagreement_are_no_certainty() -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from scipy.stats import binom, norm
 
-from turret.experiments import evidence
 from turret.experiments.evidence import BETS, SHIFTS, OutcomeTally
 
 ALPHA = 0.05
@@ -189,22 +188,33 @@ def test_a_margin_forgives_what_is_within_it() -> None:
     assert wrong <= most(60)
 
 
-def test_the_interval_holds_at_every_look_nearly_as_often_as_it_says_and_through_a_ramp() -> None:
-    missed = 0
-    for seed in range(120):
-        data, found = traffic(seed, 1200, 0.3, 0.4, RAMP), OutcomeTally.empty(binary=True, margin=None)
-        for start in range(0, 1200, 60):
-            found = found.after(*(part[start : start + 60] for part in data))
+@pytest.mark.parametrize(("control", "candidate"), [(0.02, 0.02), (0.3, 0.4)])
+def test_the_interval_holds_at_every_look_also_of_rare_outcomes_and_through_a_ramp(control, candidate) -> None:
+    missed, n, looks = 0, 4000, np.unique(np.geomspace(60, 4000, 30).astype(int)).tolist()
+    for seed in range(60):
+        data = traffic(seed, n, control, candidate, RAMP)
+        found = OutcomeTally.empty(binary=True, margin=None, hides=False)
+        for start, end in itertools.pairwise([0, *looks]):
+            found = found.after(*(part[start:end] for part in data))
             low, high = found.interval(ALPHA) or (-1.0, 1.0)
-            if not low <= 0.1 <= high:
+            if not low <= candidate - control <= high:
                 missed += 1
                 break
-    assert missed <= most(120, 2 * ALPHA)  # it is approximate
+    assert missed <= most(60)
 
 
-def test_no_interval_is_shown_of_a_handful() -> None:
-    assert tally(traffic(1, 2 * evidence.LEAST - 1, 0.3, 0.4)).interval(ALPHA) is None
-    assert OutcomeTally.empty(binary=True, margin=None).difference is None
+@pytest.mark.parametrize(("rate", "width"), [(0.02, 0.03), (0.5, 0.1)])
+def test_the_interval_becomes_narrow(rate, width) -> None:
+    low, high = tally(traffic(1, 10_000, rate, rate)).interval(ALPHA) or (-1.0, 1.0)
+    assert high - low < width
+
+
+def test_the_interval_of_a_handful_tells_little_and_without_an_outcome_of_each_arm_there_is_none() -> None:
+    low, high = tally(traffic(1, 19, 0.3, 0.4)).interval(ALPHA) or (0.0, 0.0)
+    assert high - low > 1.5
+    one_arm = tally((np.ones(50, dtype=np.int64), np.ones(50), np.full(50, 0.5)))
+    assert one_arm.interval(ALPHA) is None
+    assert one_arm.difference is None
 
 
 @pytest.mark.slow

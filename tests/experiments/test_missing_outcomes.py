@@ -97,6 +97,25 @@ def test_a_verdict_that_missing_outcomes_could_explain_is_kept_apart_and_promote
     assert found["missing"]["share"] == pytest.approx(0.4, abs=0.05)
 
 
+@pytest.mark.parametrize("answer", [1.0, 0.6])
+def test_units_that_a_ramp_moved_before_their_outcome_do_not_count_as_missing(workspace, answer) -> None:
+    experiment, units = workspace.experiment("news"), 400
+    experiment.start("news@2", salt=SALT, share=0.05)
+    router = workspace.router()
+    for number in range(units):
+        router.assign("news", f"0 {number}")
+    router.flush()
+    experiment.ramp(0.5)
+    traffic(workspace, RATES, units, answer)
+    control, candidate = experiment.status().analysis.arms
+    assert control.units + candidate.units == units
+    assert candidate.outcomes > 0.05 * units  # control: most of its units were first answered by the other arm
+    assert candidate.outcomes <= candidate.units
+    silent = [1 - each.outcomes / each.units for each in (control, candidate)]
+    assert candidate.against.missing.share == pytest.approx(max(silent))
+    assert (candidate.against.missing.share == 0) == (answer == 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("bound", "answer"), [(0.0, 0.6), (BOUND, 1.0)])
 def test_the_same_outcomes_give_a_verdict_if_none_is_missing_or_a_person_vouches_for_it(

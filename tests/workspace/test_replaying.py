@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,22 @@ def test_without_data_the_golden_examples_of_production_are_asked(workspace, tmp
     workspace.gate("tone", "production", golden=golden)
     found = workspace.replay("tone@1", "tone@2")
     assert (found.source, found.score, found.paired.a) == ("golden examples", "passed", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        ("text,label\nA great film,bank\n", "expects label 'bank' in example 1, but tone@1 has labels "),
+        ("text,equals\nA great film,Yes\n", "expects texts, but tone@1 classifies"),
+    ],
+)
+def test_golden_examples_that_a_version_can_never_pass_are_not_replayed(workspace, tmp_path, table, problem) -> None:
+    (tmp_path / "golden.csv").write_text(table)
+    workspace.gate("tone", "production", golden=tmp_path / "golden.csv")
+    with pytest.raises(DataError, match=f"cannot replay: golden:[0-9a-f]+ {problem}") as raised:
+        workspace.replay("tone@1", "tone@2")
+    (name,) = re.findall("golden:[0-9a-f]+", str(raised.value))
+    workspace.gate("tone", "production", remove=[name])
 
 
 def test_golden_examples_of_several_questions_pass_if_every_answer_is_right(workspace, tmp_path) -> None:

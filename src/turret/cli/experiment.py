@@ -252,7 +252,7 @@ def _row(each: ArmAnalysis) -> tuple[str, ...]:
     compared, evidence = "", ""
     if against is not None and against.difference is not None:
         low, high = against.interval or (None, None)
-        around = f" [{low:+.3f}, {high:+.3f}] approx." if low is not None and high is not None else ""
+        around = f" [{low:+.3f}, {high:+.3f}]" if low is not None and high is not None else ""
         compared = f"{against.difference:+.3f}{around}"
     if against is not None:
         evidence = f"better {against.better:.2g}, worse {against.worse:.2g} of {against.needed:.3g}"

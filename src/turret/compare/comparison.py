@@ -18,7 +18,7 @@ from turret.compare.collapse import FEWEST, Collapse, Learnt, judge_learning, st
 from turret.compare.design import UNTRAINED, Candidate, Design, Power
 from turret.compare.report_text import shorten_text
 from turret.compare.results import CellResult, Costs, Output, costs_of, made_with
-from turret.compare.verdict import CONFIDENCE, Interval, Verdict, interval, judge, mcnemar
+from turret.compare.verdict import CONFIDENCE, Interval, Verdict, interval, judge, mcnemar, rank_correlation_interval
 from turret.data import Dataset, Example
 from turret.errors import TrainingError
 from turret.json_types import JsonMapping, JsonObject
@@ -452,6 +452,13 @@ def judge_pair(
     return judge(d, margin, rng, collapsed=collapsed, trainings=trainings, claimed=claimed, fixed=fixed)
 
 
+def score_of(results: Sequence[CellResult], rng: np.random.Generator) -> Interval:
+    """The metric of some trainings, in points."""
+    scores, metrics = np.stack([each.scores for each in results]), results[0].metrics
+    by_ranks = "spearman" in metrics and metrics["spearman"] == metrics.get(task_of(results[0].kind).metric)
+    return (rank_correlation_interval(scores) if by_ranks else interval(scores, rng, between=(0, 1))).times(100)
+
+
 def _row(design: Design, candidate: Candidate, sides: Mapping[str, SeededResults], failed: str | None) -> ComparisonRow:
     spec, seed = candidate.spec, design.recipe.split_seed
     side, baseline = sides[spec], sides[design.against]
@@ -467,8 +474,7 @@ def _row(design: Design, candidate: Candidate, sides: Mapping[str, SeededResults
     ]
     score = None
     if own:
-        scores = np.stack([result.scores for result in good])
-        score = interval(scores, generator(seed, spec), between=(0, 1)).times(100)
+        score = score_of(good, generator(seed, spec))
     numbers = [key for key in (own[0].metrics if own else ()) if isinstance(own[0].metrics[key], (int, float))]
     falling = [still_falling(each.losses) for each in good if len(each.losses) >= FEWEST]
     return ComparisonRow(
@@ -519,8 +525,7 @@ def _curves(design: Design, results: Sequence[CellResult], examples: Sequence[Ex
             if not side.all:
                 continue
             rng = generator(design.recipe.split_seed, candidate.spec, fraction)
-            scores = np.stack([each.scores for each in side.trained.values()])
-            score = interval(scores, rng, between=(0, 1)).times(100)
+            score = score_of(list(side.trained.values()), rng)
             verdict = None
             if candidate.spec != design.against:
                 verdict = judge_pair(side, baseline, design.margin, rng)

@@ -149,6 +149,28 @@ def interval(
     )
 
 
+def rank_correlation_interval(scores: Floats) -> Interval:
+    """Spearman's correlation, as a mean over seeds, with its interval on Fisher's scale z = atanh(r):
+
+        tanh( mean z +- t sqrt( (1 + r^2 / 2) / (N - 3) + variance of z / S ) )
+
+    The ranks of all examples change with each, so resampling their scores would give too narrow an interval.
+
+    Source: Bonett and Wright 2000, Sample size requirements for estimating Pearson, Kendall and Spearman correlations.
+
+    Args:
+        scores: (S, N); the mean of each row is the correlation of a seed.
+    """
+    seeds, examples = scores.shape
+    mean, most = float(scores.mean()), 1 - 1 / examples  # an order without a mistake is no certainty
+    z = np.arctanh(np.clip(scores.mean(1), -most, most))  # (S,)
+    between = float(z.var(ddof=1)) if seeds > 1 else 0.0
+    found = Components(seeds, examples, between, (1 + mean**2 / 2) * examples / max(1, examples - 3), 0.0)
+    spread = math.sqrt(found.between_seeds / seeds + found.between_examples / examples)
+    half = float(stdtrit(found.freedom(seeds, examples), HIGH)) * spread
+    return Interval(mean, min(mean, math.tanh(z.mean() - half)), max(mean, math.tanh(z.mean() + half)))
+
+
 def with_pseudo_examples(d: Floats, between: tuple[float, float] | None = None) -> Floats:
     """Add an example on each side of zero, at the root mean square of the differences: (S, N) -> (S, N + 2).
 

@@ -112,6 +112,7 @@ class Memory:
     tallies: dict[str, OutcomeTally] = field(default_factory=dict)  # candidate -> outcomes
     counts: dict[int, dict[str, int]] = field(default_factory=dict)  # revision -> arm -> outcomes
     sums: dict[str, float] = field(default_factory=dict)  # arm -> sum of outcomes
+    first_arms: Counter[str] = field(default_factory=Counter)  # arm of the first answer -> units with an outcome
     validity: Validity = field(default_factory=Validity)
     watch: Watch | None = None  # of errors and latency
     hides: bool = True  # compute what hidden outcomes could do to a verdict
@@ -145,6 +146,7 @@ class Memory:
             counts = self.counts.setdefault(row.revision, {})
             counts[row.arm] = counts.get(row.arm, 0) + 1
             self.sums[row.arm] = self.sums.get(row.arm, 0.0) + row.value
+            self.first_arms[row.first_arm] += 1
         self.last = found[-1].id
 
     def tally(self, experiment: Experiment, arm: Arm) -> OutcomeTally:
@@ -200,7 +202,7 @@ class Against:
     if_alike: Verdict
     missing: Missing
     difference: float | None  # in the metric's units
-    interval: tuple[float, float] | None  # approximate
+    interval: tuple[float, float] | None  # a confidence sequence, in the metric's units
     better: float  # peak / 2
     worse: float
     worse_by: float | None  # peak / 2; None if the guard is off
@@ -238,7 +240,7 @@ class ArmAnalysis:
     arm: Arm
     version: str
     share: float
-    units: int
+    units: int  # by the arm of the outcome, or of the first answer if there is no outcome
     outcomes: int
     missing: int  # units without an outcome after the time to live
     half_within: float | None  # seconds within which half of its outcomes come
@@ -266,6 +268,7 @@ class Analysis:
 
     experiment: Experiment
     arms: tuple[ArmAnalysis, ...]
+    first_answers: Mapping[str, int]  # arm -> units that it answered first
     checks: Mapping[str, float]  # check of `validity` -> e-value at its peak
     alarm: str | None  # the check that makes the outcomes void
     recorded: JsonMapping | None  # the alarm as it was first stored
@@ -303,7 +306,8 @@ def analyze(
     recorded = next((each["detail"] for each in history if each["verb"] == VOID), None)
     alarm = memory.validity.alarm if recorded is None else str(recorded.get("check"))
     watch = memory.watch
-    counted, seen = _total(memory.counts.values()), _total(memory.validity.units.counts.values())
+    counted, first = _total(memory.counts.values()), _total(memory.validity.units.counts.values())
+    units = counted + (first - memory.first_arms)  # a ramp may move a unit between its first answer and its outcome
     missing, half = memory.validity.missing(), memory.validity.half_within()
     assert watch is not None
     arms = tuple(
@@ -311,13 +315,13 @@ def analyze(
             arm,
             experiment.reference(arm),
             experiment.weights.get(arm.name, 0.0),
-            seen.get(arm.name, 0),
-            counted.get(arm.name, 0),
+            units[arm.name],
+            counted[arm.name],
             missing.get(arm.name, 0),
             half.get(arm.name),
             memory.mean(arm.name),
             watch.sums.get(arm.name, ArmHealth()),
-            compare_with_control(experiment, arm, memory, void=alarm is not None, units=seen)
+            compare_with_control(experiment, arm, memory, void=alarm is not None, units=units)
             if arm.role == "candidate"
             else None,
         )
@@ -331,7 +335,7 @@ def analyze(
     named = discovery is None or _equality([each.against for each in arms]) >= discovery
     decision = decide(live, alarms, experiment.guards, void=alarm, named=named)
     checks = {check: capped_e_value(peak) for check, peak in memory.validity.peaks().items()}
-    return Analysis(experiment, arms, checks, alarm, recorded, discovery, decision, history)
+    return Analysis(experiment, arms, first, checks, alarm, recorded, discovery, decision, history)
 
 
 def compare_with_control(
@@ -340,7 +344,7 @@ def compare_with_control(
     """The candidate against the control, by the sums in the memory.
 
     Args:
-        units: arm -> number of units that were answered; without it all of them have an outcome.
+        units: arm -> number of its units; without it all of them have an outcome.
     """
     tally, metric, level = memory.tally(experiment, arm), experiment.metric, experiment.level
     scale = (metric.high - metric.low) * (1 if metric.goal == "higher" else -1)

@@ -22,11 +22,15 @@ variables by betting", 2024), for any y in [0, 1]:
     E_n = mean over lambda of  prod_i  1 + lambda s_i
     better: s = z;  worse by more than delta: s = -(z + h delta);  lambda is so small that no factor reaches 0
 
-**interval** (approximate: asymptotic; Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas, "Time-uniform central limit theory
-and asymptotic confidence sequences", 2024, Theorem 2.2), with V = sum (z - h D)^2 and rho tuned to N units:
+**interval** (a confidence sequence; empirical Bernstein; Howard, Ramdas, McAuliffe & Sekhon, "Time-uniform,
+nonparametric, nonasymptotic confidence sequences", 2021), for any y in [0, 1]. With c, the most that |z| can be, and K
+lambdas between 0 and 1, which are not chosen by the outcomes:
 
-    D +- n s / sum h * sqrt( 2 (n rho^2 + 1) / (n rho)^2 * log( sqrt(n rho^2 + 1) / alpha ) )
-    D = sum z / sum h      s^2 = V / n
+    D +- min over lambda of  (log(2 K / alpha) + psi V) / (lambda sum h / c)      psi = -log(1 - lambda) - lambda
+    D = (sum z / c) / (sum h / c)      V = sum (z / c)^2
+
+    (A factor exp(lambda (z - E[z | past]) / c - psi (z / c)^2) is not expected to exceed 1. If the difference changes,
+    the interval is about its mean, in which a unit has the weight h / c.)
 
 **better, worse, even if a share beta of each arm's units is hidden** because of what their outcomes would be: the worst
 case for `better` is that all hidden outcomes of the candidate are 0 and all of the control are 1. Then the means of all
@@ -61,11 +65,11 @@ from turret.statistics import EProcess, Floats
 SHIFTS = np.array([0.05, 0.1, 0.2, 0.4, 0.8, 1.6])  # of log odds
 BETS = np.array([0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2])  # lambda
 MOST_BET = 0.9  # of the bet that could lose everything
-TUNED = 1000  # number of units at which the interval is narrowest
+SLOPES = 0.8 / 2.0 ** np.arange(10)  # lambda of the interval, for up to some million units
+COSTS = -np.log1p(-SLOPES) - SLOPES  # psi
 HIDDEN = (0.01, 0.02, 0.05, 0.1, 0.2)  # beta: shares of the units of an arm
 HIDDEN_BETS = BETS[1::2]  # fewer, because there are many processes
 Side = Literal["better", "worse"]
-LEAST = 20  # outcomes of each arm before an interval is given, because it is asymptotic
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,9 @@ class OutcomeTally:
     worse_by: EProcess
     counts: tuple[int, int] = (0, 0)  # control, candidate
     sums: tuple[float, float] = (0.0, 0.0)
-    z: float = 0.0  # sums over the units: of z, h, z^2, z h and h^2
+    z: float = 0.0  # sums over the units: of z / c, h / c and (z / c)^2
     h: float = 0.0
     zz: float = 0.0
-    zh: float = 0.0
-    hh: float = 0.0
     decides: float = math.inf  # log evidence that gives a verdict
     verdict: Side | None = None  # the first that was reached
     since: OutcomeTally | None = None  # of the outcomes after the verdict
@@ -129,6 +131,7 @@ class OutcomeTally:
         m = self._means(y)
         z, h = (arm - share) * (y - m), share * (1 - share)
         up, down = _largest_gains(m, share)  # the largest possible z and -z
+        c = np.maximum(up, down)
         if self.binary:
             better, worse = (_odds(arm, y, share, m, sign * SHIFTS) for sign in (1.0, -1.0))
         else:
@@ -143,11 +146,9 @@ class OutcomeTally:
             worse_by=self.worse_by.through(by_margin),
             counts=(self.counts[0] + counts[0], self.counts[1] + counts[1]),
             sums=(self.sums[0] + sums[0], self.sums[1] + sums[1]),
-            z=self.z + float(z.sum()),
-            h=self.h + float(h.sum()),
-            zz=self.zz + float((z * z).sum()),
-            zh=self.zh + float((z * h).sum()),
-            hh=self.hh + float((h * h).sum()),
+            z=self.z + float((z / c).sum()),
+            h=self.h + float((h / c).sum()),
+            zz=self.zz + float(((z / c) ** 2).sum()),
             verdict=verdict,
             since=since,
             hidden={side: self._despite_hidden(side, arm, y, share, m) for side in self.hidden},
@@ -224,16 +225,16 @@ class OutcomeTally:
         return float(np.logaddexp(better.now, worse.now)) - math.log(2)
 
     def interval(self, alpha: float) -> tuple[float, float] | None:
-        """An approximate confidence sequence for the difference; None with fewer than `LEAST` outcomes of an arm."""
-        if min(self.counts) < LEAST or self.difference is None:
+        """A confidence sequence for the difference; None until both arms have outcomes.
+
+        Args:
+            alpha: the share of experiments in which the difference is ever outside.
+        """
+        if (d := self.difference) is None:
             return None
-        n, d = sum(self.counts), self.difference
-        variance = max(self.zz - 2 * d * self.zh + d * d * self.hh, 0.0) / n
-        log_two = -2 * math.log(alpha)
-        rho2 = (log_two + math.log(log_two + 1)) / TUNED
-        wide = math.sqrt(2 * (n * rho2 + 1) / (n * n * rho2) * math.log(math.sqrt(n * rho2 + 1) / alpha))
-        half = n / self.h * math.sqrt(variance) * wide
-        return max(d - half, -1.0), min(d + half, 1.0)
+        half = float(((math.log(2 * len(SLOPES) / alpha) + COSTS * self.zz) / SLOPES).min()) / self.h
+        low, high = np.clip((d - half, d + half), -1.0, 1.0)
+        return float(low), float(high)
 
 
 def _odds(arm: NDArray[np.int64], y: Floats, share: Floats, m: Floats, shifts: Floats) -> Floats:

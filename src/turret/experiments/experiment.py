@@ -240,10 +240,11 @@ def read_duration(text: str, what: str = "duration") -> float:
 
 
 def duration_text(seconds: float) -> str:
-    """Format a duration for people: `7 days`, `1.5 hours`."""
+    """Format a duration for people: `7 days`, `1.5 hours`, `3,650 days`."""
     for name, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if seconds >= size:
-            return f"{seconds / size:.3g} {name}{'' if seconds == size else 's'}"
+            count = f"{seconds / size:.3g}" if seconds < 999.5 * size else f"{seconds / size:,.0f}"
+            return f"{count} {name}{'' if count == '1' else 's'}"
     return f"{seconds:.3g} s"
 
 

@@ -69,6 +69,7 @@ class CountedOutcome(NamedTuple):
     value: float
     at: str
     first: str  # time of the first answer to its unit
+    first_arm: str  # of that answer
 
 
 class FirstAnswer(NamedTuple):
@@ -163,7 +164,7 @@ def counted_outcomes(connection: Connection, experiment: Experiment, after: int 
     unit = (assignments.c.experiment_id == experiment.id) & (assignments.c.unit == outcomes.c.unit)
     table = outcomes.c
     query = (
-        select(table.id, table.arm, table.revision, table.value, table.at, assignments.c.at.label("first"))
+        select(table.id, table.arm, table.revision, table.value, table.at, assignments.c.at, assignments.c.arm)
         .join(assignments, unit & (assignments.c.first == 1))
         .where(mine)
         .order_by(table.id)

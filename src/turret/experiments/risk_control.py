@@ -46,6 +46,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr
 
+from turret.amounts import percentage
 from turret.errors import DataError, quote, quote_all
 from turret.experiments.evidence import HIDDEN
 from turret.experiments.guarding import ODDS, log_over_bound
@@ -330,7 +331,7 @@ def promise_state(watch: Watch, *, silent: float, missing: float) -> Standing:
     seen = f"{watch.wrong} of {n} outcomes are wrong"
     state: State = "holds so far"
     if tipping is not None and tipping >= assumed:
-        state, why = "broken", f"{seen} ({error:.1%}), and at most {watch.bound.error:.3g} was promised"
+        state, why = "broken", f"{seen} ({percentage(error)}), and at most {watch.bound.error:.3g} was promised"
     elif not n:
         state, why = "cannot be known", "no outcome has come yet"
     elif tipping is not None:

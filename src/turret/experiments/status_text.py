@@ -148,7 +148,7 @@ def why_void(analysis: Analysis) -> str:
     check = analysis.alarm or ""
     live = [each for each in analysis.arms if each.arm.role != "shadow"]
     if check == "units":
-        counts = ", ".join(f"{each.arm.name} {each.units}" for each in live)
+        counts = ", ".join(f"{each.arm.name} {analysis.first_answers.get(each.arm.name, 0)}" for each in live)
         what = f"SAMPLE RATIO MISMATCH: units are not split as planned ({counts})"
     elif check == "outcomes":
         counts = ", ".join(

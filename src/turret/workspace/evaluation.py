@@ -83,7 +83,8 @@ def _write_rows(
     mistakes: Sequence[tuple[Mapping[str, str], Mistake]], path: Path, first: Sequence[str] = ()
 ) -> TableWriter:
     """Write mistakes into a table. Each comes with further columns, which are named in `first`."""
-    says = [] if any(each.confidence is not None for _, each in mistakes) else ["error"]  # else it is the confidence
+    confident = mistakes and all(each.error == f"{each.confidence or 0:.2f}" for _, each in mistakes)
+    says = [] if confident else ["error"]  # else it is the confidence
     texts = ["text", "text_pair"] if any(isinstance(each.asked, TextPair) for _, each in mistakes) else ["text"]
     with TableWriter(path, [*first, "row", "right", "given", "confidence", "score", *says, *texts]) as table:
         for own, each in mistakes:
@@ -322,7 +323,7 @@ def replay(
     notes: Sequence[str] = ()
     score = "passed"
     if source is None:
-        wanted = _golden(store, first.name)
+        wanted = _golden(store, first, second)
         texts = [example.text for example in wanted]
     scores: list[list[float]] = []
     for version in (first, second):
@@ -337,7 +338,8 @@ def replay(
                 scores.append(_scores(ready, labelled.examples))
             else:
                 answers = answering.answers(ready, texts)
-                scores.append(_passed(ready.task, wanted, answers))
+                given = map(ready.task.prediction_of, answers)
+                scores.append([float(each.failure(said) is None) for each, said in zip(wanted, given, strict=True)])
         del ready  # free the first base before the second is loaded
     found = compare_scores(*scores)
     return Replayed(str(first), str(second), source or "golden examples", score, found, tuple(notes))
@@ -357,25 +359,28 @@ def _scores(ready: answering.Mounted, examples: Sequence[Example]) -> list[float
     return ready.task.scores([ready.task.prediction_of(each) for each in answers], examples)
 
 
-def _golden(store: Store, name: str) -> Sequence[golden.Example]:
-    """All golden examples that the name's alias `production` requires."""
-    sets = [gate.golden for gate in store.gate(name, PRODUCTION) if isinstance(gate, Golden)]
-    examples = [example for digest in sets for example in store.examples(digest).examples]
-    if not examples:
+def _golden(store: Store, first: Version, second: Version) -> Sequence[golden.Example]:
+    """All golden examples that the first version's alias `production` requires.
+
+    Raises:
+        DataError: there are none, or one of the versions can never pass a set.
+    """
+    name = first.name
+    digests = [gate.golden for gate in store.gate(name, PRODUCTION) if isinstance(gate, Golden)]
+    sets = {digest: store.examples(digest) for digest in digests}
+    if not sets:
         raise DataError(
             f"nothing to replay: {name}@{PRODUCTION} requires no golden examples; give a table of labelled examples, "
             f"or store some with `turret gate {name} {PRODUCTION} --golden FILE`"
         )
-    return examples
-
-
-def _passed(task: Task, wanted: Sequence[golden.Example], answers: Sequence[Answer]) -> list[float]:
-    """1 for each golden example that the answer passes, else 0. A label never passes for a text, nor the reverse."""
-    given = [task.prediction_of(answer) for answer in answers]
-    return [
-        float(task.generates == (example.check != "label") and example.failure(each) is None)
-        for example, each in zip(wanted, given, strict=True)
-    ]
+    for version in (first, second):
+        for digest, golden_set in sets.items():
+            if problem := golden.why_unfit(version, golden_set):
+                raise DataError(
+                    f"cannot replay: {golden.name_of(digest)} {problem}: give a table of labelled examples, or change "
+                    f"the gate with `turret gate {name} {PRODUCTION}`"
+                )
+    return [example for golden_set in sets.values() for example in golden_set.examples]
 
 
 DRAWS = 10_000  # of signs
