@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeGuard
 
+from turret.amounts import percentage
 from turret.json_types import Plain
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def format_metric(name: str, value: Plain) -> Cell:
         return None
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.1%}" if name.endswith(_SHARES) else f"{value:.3g}"
+    return percentage(value) if name.endswith(_SHARES) else f"{value:.3g}"
 
 
 def mark_level(level: str, text: str) -> str:

@@ -12,9 +12,11 @@ import typer
 from typer.exceptions import TyperException
 
 from turret import errors
-from turret.amounts import many, size, span
+from turret.amounts import many, percentage, size, span
 from turret.cli.main import GROUPS, app, run
 from turret.cli.output import safe
+from turret.compare.report_text import milliseconds
+from turret.experiments.experiment import duration_text
 
 VERBS = (
     "train",
@@ -230,6 +232,25 @@ def test_sizes_counts_and_spans_are_short() -> None:
     ]
     assert [many(n) for n in (12, 74_112, 22_700_000, 1.5e9)] == ["12", "74.1k", "22.7M", "1.5B"]
     assert [span(s) for s in (0.84, 42, 185, 7800)] == ["0.8 s", "42 s", "3 min 05 s", "2 h 10 min"]
+
+
+def test_a_number_that_rounds_up_takes_the_next_unit() -> None:
+    assert [size(n) for n in (999.7, 999_960, -999_960, 999_400)] == ["1.0 kB", "1.0 MB", "-1.0 MB", "999 kB"]
+    assert [many(n) for n in (999_999, 999_999_999)] == ["1.0M", "1.0B"]
+    assert [span(s) for s in (9.97, 59.7, 59.4)] == ["10 s", "1 min 00 s", "59 s"]
+    assert [milliseconds(s) for s in (0.0031, 0.42, 0.9997)] == ["3.1 ms", "420 ms", "1.0 s"]
+
+
+def test_durations_of_years_are_in_days() -> None:
+    days = [duration_text(86400 * each) for each in (1, 1.001, 1.5, 400, 999.7, 3650)]
+    assert days == ["1 day", "1 day", "1.5 days", "400 days", "1,000 days", "3,650 days"]
+
+
+def test_only_all_is_100_percent_and_only_none_is_0_percent() -> None:
+    shares = (0, 1e-9, 0.0004, 0.913, 0.9996, 1 - 1e-9, 1, -0.2)
+    assert [percentage(each) for each in shares] == [
+        "0.0%", "0.1%", "0.1%", "91.3%", "99.9%", "99.9%", "100.0%", "-20.0%",
+    ]  # fmt: skip
 
 
 def test_a_text_cannot_move_the_cursor_or_write_markup() -> None:

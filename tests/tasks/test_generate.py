@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import unicodedata
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rouge_score.tokenizers import DefaultTokenizer
 from small_models import DECODERS, ENCODER_DECODERS, GENERATORS, build, tokenizer
 from torch.nn import functional as F
 
@@ -17,10 +20,12 @@ from turret.errors import BaseModelError, DataError
 from turret.recipe import Task
 from turret.tasks import make_task, task_from_spec
 from turret.tasks.generate import Generate, Summarize
+from turret.tasks.metrics import RougeTokens
 
 TOKENIZERS = {family: tokenizer(family) for family in GENERATORS}
 LONG = "the quick brown fox jumps over the lazy dog and the film was a great pleasure to watch " * 5
 LINE = st.text(st.sampled_from("abc xyz,.!"), max_size=60)
+ASCII = st.characters(max_codepoint=127) | st.characters(exclude_categories=("L", "M", "Nd", "Nl", "Cs"))
 LETTERS = st.text(st.sampled_from("abc xyz,.!\n"), max_size=60)
 
 
@@ -206,6 +211,46 @@ def test_metrics_are_rouge_bleu_loss_and_perplexity() -> None:
     assert stemmed["rouge1"] == 1.0
     json.dumps(stemmed, allow_nan=False)
     assert task.judge_texts([], [], None)["rouge1"] == 0.0
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(ASCII))
+def test_tokens_of_rouge_in_ascii_are_those_of_rouge_score(text: str) -> None:
+    assert RougeTokens().tokenize(text) == DefaultTokenizer(use_stemmer=True).tokenize(text)
+
+
+def test_tokens_of_rouge_in_english_are_those_of_rouge_score() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    found = RougeTokens().tokenize(text)
+    assert len(found) > 300
+    assert found == DefaultTokenizer(use_stemmer=True).tokenize(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("Мама мыла раму, 5 раз!", ["мама", "мыла", "раму", "5", "раз"]),
+        ("un Été, deux cafés", ["un", "été", "deux", "cafés"]),
+        ("ΤΗΣ της", ["τησ", "τησ"]),
+        ("हिन्दी में लिखा", ["हिन्दी", "में", "लिखा"]),
+        ("한국어 문장", ["한국어", "문장"]),
+        ("今天好，iPhone手机。", ["今", "天", "好", "iphon", "手", "机"]),
+        ("二〇二四年 コーヒー", ["二", "〇", "二", "四", "年", "コ", "ー", "ヒ", "ー"]),
+        ("สวัสดี", ["ส", "วั", "ส", "ดี"]),
+        ("ＡＢＣ ｶﾞｽ ﬁne", ["abc", "ガ", "ス", "fine"]),
+        ("1\ufe0f\u20e3 mix, m² of ½ snake_case™", ["1", "mix", "m", "of", "snake", "case"]),
+    ],
+)
+def test_tokens_of_rouge_in_any_script(text: str, tokens: list[str]) -> None:
+    for form in ("NFC", "NFD"):
+        assert RougeTokens().tokenize(unicodedata.normalize(form, text)) == tokens
+    found = generator("gpt2").judge_texts([text], [(text,)], None)
+    assert found["rouge1"] == found["rougeL"] == 1.0
+
+
+def test_another_word_in_another_script_is_no_match() -> None:
+    assert Generate.score("мама мыла", Pair("x", "мама спала")) == 0.5
+    assert Generate.score("été", Pair("x", "âtà")) == 0.0
 
 
 # --- generation and the spec -----------------------------------------------------------------------------------------

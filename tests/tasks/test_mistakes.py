@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from turret.tasks.regression import Regression
 from turret.tasks.rerank import Rerank
 from turret.tasks.score import Score
 from turret.tasks.text_pairs import TextPairs
+from turret.workspace.evaluation import write_mistakes
 from turret.workspace.results import Evaluation
 
 ENCODER, DECODER = small_models.tokenizer("bert"), small_models.tokenizer("llama")
@@ -53,7 +56,7 @@ def test_of_numbers_the_largest_residual_is_first() -> None:
     assert "nats" not in html
 
 
-def test_of_levels_the_furthest_is_first_and_of_equal_ones_the_surest() -> None:
+def test_of_levels_the_furthest_is_first_and_of_equal_ones_the_surest(tmp_path: Path) -> None:
     task = Score(("1", "2", "3", "4"), ENCODER)
     examples = [Labelled("by one", "2"), Labelled("surely by one", "2"), Labelled("by three", "4"), Labelled("no", "1")]
     given = (("3", 0.5), ("1", 0.9), ("1", 0.4), ("1", 0.9))
@@ -63,6 +66,11 @@ def test_of_levels_the_furthest_is_first_and_of_equal_ones_the_surest() -> None:
         ("surely by one", "1 level too low"),
         ("by one", "1 level too high"),
     ]
+    details = Details(tuple(found), task.kind)
+    write_mistakes(Evaluation("it@1", "sha256:a", {}, {}, 1.0, details), tmp_path / "wrong.csv")
+    with (tmp_path / "wrong.csv").open(newline="") as file:
+        rows = [(row["confidence"], row["error"]) for row in csv.DictReader(file)]
+    assert rows == [("0.4", "3 levels too low"), ("0.9", "1 level too low"), ("0.5", "1 level too high")]
 
 
 def test_of_pairs_both_texts_are_shown() -> None:
@@ -163,6 +171,13 @@ def test_metrics_alone_say_which_task_they_are_of(values: dict[str, Any], kind: 
         assert main_metric(values, known) == main
         assert measure_of("loss", values, known).unit == unit
     assert task_measured_by(values).metric == TASKS[kind].metric
+
+
+def test_a_page_says_100_percent_only_where_all_are_right() -> None:
+    per_class: Any = {label: {"precision": 0.9996, "recall": 1.0, "f1": 0.9998, "support": 5000} for label in "ab"}
+    html = page(Classify(("a", "b"), ENCODER), [], [], {"accuracy": 0.9996, "loss": 0.1, "per_class": per_class})
+    assert "<b>99.9%</b>" in html
+    assert html.count('<td class="n">99.9%</td><td class="n">100.0%</td><td class="n">99.9%</td>') == 2
 
 
 def test_every_task_describes_its_own_metric_and_loss() -> None:

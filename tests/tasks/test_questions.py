@@ -15,7 +15,9 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from torch.nn import functional as F
 
+from turret.cli.answers import print_evaluation
 from turret.cli.main import run
+from turret.compare.results import Details
 from turret.data import Labelled, TextPair
 from turret.data.columns import with_answers
 from turret.data.dataset import read_dataset, read_test
@@ -29,6 +31,7 @@ from turret.tasks.questions import Questions
 from turret.train.linear_start import cross_validated
 from turret.workspace import Workspace
 from turret.workspace.promoting import judge_answers
+from turret.workspace.results import Evaluation
 
 LABELS = ("topic: film", "topic: sport", "topic: war", "urgent: no", "urgent: yes")
 TOPICS, URGENT = slice(0, 3), slice(3, 5)
@@ -231,6 +234,17 @@ def test_metrics_of_each_question_are_those_of_scikit_learn() -> None:
     assert metrics["accuracy"] == pytest.approx(sum(scores) / 40)
     assert set(scores) == {0.0, 0.5, 1.0}
     assert list(metrics["per_class"]) == list(LABELS)
+
+
+def test_an_evaluation_on_the_screen_has_a_line_for_each_question(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics, _ = questions().judge(logits(), EXAMPLES)
+    found = Evaluation(
+        "mails@1", "sha256:a", {"source": "a.csv", "examples": 4}, metrics, 1.0, Details((), "questions")
+    )
+    print_evaluation(found, [])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    accuracies = {line[1]: line[3] for line in lines if line[:1] == ["question"]}
+    assert accuracies == {f"{name}:": f"{each['accuracy']:.3f}" for name, each in metrics["per_question"].items()}
 
 
 def test_a_question_without_an_example_does_not_count() -> None:

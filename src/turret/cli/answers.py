@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from turret.amounts import span
+from turret.amounts import percentage, span
 from turret.cli import options
 from turret.cli.output import class_table, columns, console, cut, emit, grid, metrics, safe
 from turret.data import TextPair
@@ -74,6 +74,8 @@ def print_evaluation(found: Evaluation, notes: list[str]) -> None:
     out, details = console(), found.details
     out.print(f"[bold]{safe(found.version)}[/] on {safe(found.data['source'])}")
     rows = [("metrics", metrics(found.metrics)), ("examples", f"{found.data['examples']} in {span(found.seconds)}")]
+    of_each = parts_in(found.metrics, "per_question").items()
+    rows += [("question", f"{safe(question)}: {metrics(each)}") for question, each in of_each]
     rows += [(name, safe(text)) for name, text in _calibration(details)]
     out.print(grid(rows + [("note", safe(note)) for note in found.notes]))
     if classes := parts_in(found.metrics, "per_class"):
@@ -104,16 +106,16 @@ def _question_row(each: QuestionResult) -> tuple[str, ...]:
     from turret.compare.results import error_interval
 
     error, (low, high) = each.decided.error, error_interval(each.decided)
-    wrong = "none" if error is None else f"{error:.1%} ({low:.1%} to {high:.1%})"
+    wrong = "none" if error is None else f"{percentage(error)} ({low:.1%} to {high:.1%})"
     threshold = "none" if each.threshold is None else f"{each.threshold:.3g}, {each.threshold_of}"
     return (
         f"[bold]{safe(each.question)}[/]",
         safe(each.version),
         str(each.examples),
-        f"{each.metrics['accuracy']:.1%}",
+        percentage(each.metrics["accuracy"]),
         f"{each.sureness.ece:.3f}",
         threshold,
-        f"{each.share:.1%}",
+        percentage(each.share),
         wrong,
     )
 
@@ -128,7 +130,7 @@ def _calibration(details: Details) -> Iterator[tuple[str, str]]:
         yield "calibration", of + text
     if details.coverage is not None:
         c = details.coverage
-        span = f"{c.measured:.1%} ({c.low:.1%} to {c.high:.1%})"
+        span = f"{percentage(c.measured)} ({c.low:.1%} to {c.high:.1%})"
         yield "coverage", f"{c.coverage:.0%} sets hold the right label in {span}, with {c.mean_size:.2f} labels each"
 
 
@@ -584,7 +586,7 @@ def _print_promise(found: PromiseStatus) -> None:
     out.print(f"[bold]{safe(found.version)}[/] promises {safe(promising.sentence(promise))}")
     rows = [("threshold", safe(promising.threshold(promise))), ("decides", safe(promising.cost(promise)))]
     if found.all_wrong is not None:
-        rows.append(("without it", f"all are decided, and {found.all_wrong:.1%} were wrong"))
+        rows.append(("without it", f"all are decided, and {percentage(found.all_wrong)} were wrong"))
     rows.append(("chosen on", safe(promising.chosen_on(promise))))
     rows.append(("when broken", safe(promise.when_broken)))
     rows.append(("live", f"[{HUES[standing.state]}]{standing.state}[/]: {safe(standing.why)}"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from turret.amounts import many, size, span
+from turret.amounts import many, percentage, size, span
 from turret.compare.plots import Mark, agreement, error_by_share, reliability
 from turret.compare.report_text import (
     milliseconds,
@@ -61,6 +61,7 @@ def environment(html: bool) -> Environment:
         "percent": percent,
         "points": one_decimal,
         "seconds": span,
+        "share": percentage,
         "sentence": sentence,
         "signed": signed_number,
         "cell": _cell,
@@ -164,7 +165,7 @@ def numbers(metrics: Metrics, kind: str) -> Iterator[tuple[str, str, str]]:
 
 def _format_measure(measure: Measure, value: float) -> str:
     if measure.share:
-        return f"{100 * value:.1f}%"
+        return percentage(value)
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
 
 

@@ -15,7 +15,7 @@ def sentence(text: str) -> str:
 
 def milliseconds(value: float) -> str:
     """`3.1 ms`, `420 ms`, `1.2 s`."""
-    return f"{value:.1f} s" if value >= 1 else f"{1000 * value:.1f} ms" if value < 0.1 else f"{1000 * value:.0f} ms"
+    return f"{value:.1f} s" if value >= 0.9995 else f"{1000 * value:.{1 if value < 0.1 else 0}f} ms"
 
 
 def percent(share: float) -> str:

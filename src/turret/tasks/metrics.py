@@ -1,7 +1,7 @@
 """Metrics of answers, from plain lists.
 
 - accuracy, precision, recall and F1 are fractions; a class that is neither true nor predicted counts 0 in macro F1
-- ROUGE-1, ROUGE-2 and ROUGE-L are F-measures as fractions, with the Porter stemmer, averaged over examples
+- ROUGE-1, ROUGE-2 and ROUGE-L are F-measures as fractions, averaged over examples, of the tokens of `RougeTokens`
 - BLEU is sacrebleu's corpus score, 0 to 100
 - perplexity is `exp(mean loss per target token)`
 """
@@ -9,15 +9,27 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+from unicodedata import category, normalize
 
 import numpy as np
 
 from turret.tasks.shapes import MetricValue
 
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
+
 ROUGE = ("rouge1", "rouge2", "rougeL")
 _LARGEST_EXPONENT = 700.0  # exp of more overflows, and JSON has no infinity
+
+_LETTERS = ("L", "M", "Nd", "Nl")  # categories of Unicode: letters, the marks on them, digits, and numerals like 〇
+# Scripts without blanks between words: Thai and Lao, Burmese, Khmer, Chinese and Japanese.
+_SINGLE = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_TOKEN = re.compile(rf"[{_SINGLE}][^\w\s]*|(?:[^\W\d{_SINGLE}][^\w\s]*|\d)+")  # among letters, [^\w\s] is a mark
 
 ClassNumbers = Sequence[int] | Sequence[Sequence[int]]  # one class for each text, or a row of ones and zeros
 
@@ -98,10 +110,9 @@ def texts(given: Sequence[str], references: Sequence[tuple[str, ...]], mean_loss
     Args:
         references: one or more for each text.
     """
-    from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.bleu import BLEU
 
-    scorer = RougeScorer(list(ROUGE), use_stemmer=True)
+    scorer = _scorer(*ROUGE)
     scores = [scorer.score_multi(list(each), text) for text, each in zip(given, references, strict=True)]
     values = {name: sum(s[name].fmeasure for s in scores) / len(scores) if scores else 0.0 for name in ROUGE}
     most = max((len(each) for each in references), default=0)
@@ -184,9 +195,33 @@ def rankings(given: Sequence[float], true: Sequence[float], queries: Sequence[in
 
 def rouge_l(given: str, reference: str) -> float:
     """ROUGE-L of one text, as a fraction."""
+    return float(_scorer("rougeL").score(reference, given)["rougeL"].fmeasure)
+
+
+@cache
+def _scorer(*names: str) -> RougeScorer:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return float(RougeScorer(["rougeL"], use_stemmer=True).score(reference, given)["rougeL"].fmeasure)
+    return RougeScorer(names, tokenizer=RougeTokens())
+
+
+class RougeTokens:
+    """The tokens of ROUGE, a `Tokenizer` of rouge_score.
+
+    Words in ASCII are those of its `DefaultTokenizer`, with the Porter stemmer, which is made for English. Words with
+    other letters are kept whole and are not stemmed, without regard to case and to how Unicode encodes a letter
+    (NFKC). Scripts without blanks between words, such as Chinese, give a token for each letter with its marks.
+    """
+
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self._english = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        letters = "".join(each if category(each).startswith(_LETTERS) else " " for each in text)
+        words = _TOKEN.findall(normalize("NFKC", letters).casefold())
+        return [token for word in words for token in (self._english.tokenize(word) if word.isascii() else [word])]
 
 
 def perplexity(mean_loss: float) -> float:

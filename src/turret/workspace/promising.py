@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sqlalchemy import Connection
 
+from turret.amounts import percentage
 from turret.data import Dataset, Example, Input, TextPair
 from turret.data.memory import short_source
 from turret.errors import AdapterError, Corrupt, DataError, NotFound, TurretError, count_of
@@ -632,7 +633,8 @@ def threshold(promise: Terms) -> str:
 def cost(promise: Terms) -> str:
     """The share of the examples that is decided, and what was wrong."""
     share = promise.decided / max(promise.examples, 1)
-    return f"{share:.1%} of {promise.examples:,} examples; {promise.wrong} of {promise.counted:,} that count were wrong"
+    decided = f"{percentage(share)} of {promise.examples:,} examples"
+    return f"{decided}; {promise.wrong} of {promise.counted:,} that count were wrong"
 
 
 def chosen_on(promise: Terms) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from turret.amounts import size, span
+from turret.amounts import percentage, size, span
 from turret.data.memory import short_source
 from turret.errors import one_line
 from turret.json_types import AsJson, JsonObject
@@ -117,10 +117,10 @@ class PanelEvaluation:
                 each.question,
                 each.version,
                 each.examples,
-                f"{each.metrics['accuracy']:.1%}",
+                percentage(each.metrics["accuracy"]),
                 f"{each.sureness.ece:.3f}",
-                f"{each.share:.1%}",
-                "" if each.decided.error is None else f"{each.decided.error:.1%}",
+                percentage(each.share),
+                "" if each.decided.error is None else percentage(each.decided.error),
             )
             for each in self.questions
         ]
