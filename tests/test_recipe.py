@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from turret.errors import RecipeError
 from turret.methods import Full, LoRA, Prefix
 from turret.recipe import Data, Recipe, Task, Train, name_from, preset_text, presets, recipe_keys
+from turret.tasks import TASKS
 
 
 def recipe(**parts: Any) -> Recipe:
@@ -257,6 +258,48 @@ def test_settings_of_data_that_are_not_given_leave_the_text_of_a_recipe_as_it_wa
 def test_several_mistakes_are_told_at_once() -> None:
     with pytest.raises(RecipeError, match=r"train.epochs: .*; train.keep: "):
         recipe(train={"epochs": 0, "keep": "x"})
+
+
+# --- settings that a task does not read ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts", "said"),
+    [
+        ("regression", {"task": {"class_weights": "balanced"}}, 'task.class_weights = "balanced" is not read by'),
+        ("classify", {"task": {"max_new_tokens": 8}}, "task.max_new_tokens = 8 is not read by the task classify, only"),
+        ("score", {"task": {"class_weights": {"a": 2.0}}}, 'task.class_weights = {"a" = 2.0} is not read by'),
+        ("questions", {"task": {"levels": ["a", "b"]}}, "only by score: leave it out, or set task.kind"),
+        ("rerank", {"task": {"pooling": "mean"}}, 'task.pooling = "mean" is not read by the task rerank, only'),
+        ("embedding", {"train": {"head_lr_ratio": 5.0}}, "train.head_lr_ratio = 5.0 is not read by the task embedding"),
+        ("generate", {"data": {"source": "x", "separator": ";"}}, 'data.separator = ";" is not read by'),
+        ("chat", {"task": {"beta": 0.2}}, "task.beta = 0.2 is not read by the task chat, only by preference"),
+        ("summarize", {"task": {"multi_label": True}}, "task.multi_label = true is not"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_the_task_does_not_read_is_one_line(kind: str, parts: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe(**parts).require_read(kind)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_setting_of_a_task_is_read_by_one_of_them() -> None:
+    read = {key for task in TASKS.values() for key in task.settings}
+    assert read <= recipe_keys().keys()
+    assert {f"task.{name}" for name in Task.model_fields} - read == {"task.kind", "task.max_tokens", "task.prefix_text"}
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_defaults_that_are_written_out_are_read_by_every_task(kind: str) -> None:
+    Recipe.from_toml(recipe().to_toml()).require_read(kind)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_has_only_settings_that_its_task_reads(name: str) -> None:
+    made = Recipe.load(name)
+    assert made.task.kind is not None
+    made.require_read(made.task.kind)
 
 
 # --- overrides -------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from turret.errors import (
     LossNotFinite,
     NotFound,
     PreflightRefused,
+    RecipeError,
     TurretError,
     WrongBase,
 )
@@ -236,6 +237,14 @@ def test_a_plan_that_refuses_trains_nothing_and_writes_nothing(trained, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("verb", ["plan", "compare"])
+def test_a_setting_that_the_task_does_not_read_is_refused_before_a_base_is_loaded(verb, tmp_path) -> None:
+    reviews = write_reviews(tmp_path)
+    recipe = Recipe(name="x", base=str(tmp_path / "none"), data=str(reviews), task={"max_new_tokens": 8})
+    with pytest.raises(RecipeError, match=r"task\.max_new_tokens = 8 is not read by the task classify, only by chat"):
+        getattr(Workspace(tmp_path / "store"), verb)(recipe)
+
+
 def test_a_loss_that_is_not_finite_fails_the_run_and_stores_nothing(trained, tmp_path) -> None:
     recipe = trained.recipe.with_overrides({"train.lr": "1e30", "train.warmup": "0", "train.gradient_clip": "1e30"})
     workspace = Workspace(tmp_path / "store")

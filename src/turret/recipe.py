@@ -46,7 +46,7 @@ from turret.methods import METHODS, LoRA, Method, method_class
 from turret.methods.method import AS_GIVEN, KnownKeys, error_sentences, key_error, refuse_places, unknown_key
 from turret.notebook import Table, as_html
 from turret.reference import check_name
-from turret.tasks.task import TASKS, task_kinds
+from turret.tasks.task import TASKS, task_kinds, task_of
 from turret.trackers import TRACKERS
 
 # --- TOML -------------------------------------------------------------------------------------------------------------
@@ -811,6 +811,18 @@ class Recipe(_Section):
                     rows.append((f"{key}.{name}".rstrip("."), each if isinstance(each, str) else toml_text(each)))
         note = "every other key has its default: print(recipe.to_toml()) shows all"
         return as_html(f"Recipe {self.name}", facts, *([Table(("", ""), rows)] if rows else []), notes=[note])
+
+    def require_read(self, kind: str) -> None:
+        """Raise RecipeError for a setting, other than its default, that a task of that kind does not read."""
+        defaults, own = recipe_keys(self.method.kind), task_of(kind).settings
+        for key in dict.fromkeys(key for task in TASKS.values() for key in task.settings if key not in own):
+            section, _, name = key.partition(".")
+            if (value := getattr(getattr(self, section), name)) != defaults[key]:
+                readers = ", ".join(task.kind for task in TASKS.values() if key in task.settings)
+                raise RecipeError(
+                    f"{key} = {one_line(toml_text(value), 60)} is not read by the task {kind}, only by {readers}: "
+                    "leave it out, or set task.kind"
+                )
 
     def changed(self, **changes: JsonValue) -> Recipe:
         """A copy with other values, which are not checked: of keys, or of keys of a table as a dictionary."""

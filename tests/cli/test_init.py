@@ -101,6 +101,14 @@ def test_a_recipe_says_what_it_saw_in_comments(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.glob("*.toml"))
 
 
+@pytest.mark.parametrize(("task", "offered"), [("classify", True), ("score", False)])
+def test_weights_of_classes_are_offered_to_tasks_that_read_them(task: str, offered: bool, tmp_path: Path) -> None:
+    rows = [{"text": f"a film as it is, number {i}", "label": "5" if i % 10 else "1"} for i in range(60)]
+    (tmp_path / "t.jsonl").write_bytes(jsonl(rows))
+    status, out, err = typed("init", str(tmp_path / "t.jsonl"), "--set", f"task.kind={task}", "--out", "-")
+    assert (status, "# class_weights" in out) == (0, offered), err
+
+
 def test_lengths_of_conversations_and_references_are_measured(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "why? " * 300}, {"role": "assistant", "content": "because. " * 50}]
     chats = tmp_path / "chats.jsonl"

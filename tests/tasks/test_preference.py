@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from turret import adapters
 from turret.data import Preferred, Prompt, Turn
-from turret.errors import AdapterError, DataError
+from turret.errors import AdapterError, DataError, RecipeError
 from turret.methods import Full, LoRA
 from turret.recipe import Recipe, Task
 from turret.tasks import make_task, task_from_spec
@@ -366,5 +366,7 @@ def test_a_preference_is_compared_with_a_stored_version(tmp_path: Path) -> None:
     elsewhere = recipe.with_overrides({"base": str(other), "train.init_from": "none"})
     refused = row(elsewhere)
     assert (refused.level, "helper@1 was trained on another base" in refused.text) == ("refuse", True)
-    with pytest.raises(DataError, match=r"task\.reference is of a preference, and this is chat"):
+    with pytest.raises(
+        RecipeError, match=r"task\.reference = .helper. is not read by the task chat, only by preference"
+    ):
         store.plan(Recipe(name="x", base=str(base), data=str(chats), task={"reference": "helper"}))

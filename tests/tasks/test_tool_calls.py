@@ -24,6 +24,8 @@ QWEN = CallFormat("\n<tool_call>\n", "\n</tool_call>", "arguments")
         (LLAMA, '{"name": "g", "parameters": {"a": {"b": "é"}}}', "", [("g", '{"a": {"b": "é"}}')]),
         (QWEN, '{"name": "other", "arguments": {}}', '{"name": "other", "arguments": {}}', []),
         (QWEN, '{"name": "f"} and {"name": "f", "arg', '{"name": "f"} and {"name": "f", "arg', []),
+        (QWEN, '{"name": "f", "arguments": {"a": 1e400}}', '{"name": "f", "arguments": {"a": 1e400}}', []),
+        (QWEN, '{"name": "f", "arguments": {"a": NaN}}', '{"name": "f", "arguments": {"a": NaN}}', []),
         (QWEN, "{" * 4000, "{" * 4000, []),
         (QWEN, '{"a":' * 4000, '{"a":' * 4000, []),
     ],

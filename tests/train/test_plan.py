@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -33,9 +35,14 @@ from turret.train.training_plan import Plan, Prediction
 
 
 def made(
-    family: str = "bert", kind: str = "classify", data: Any = None, measured: bool = False, **overrides: Any
+    family: str = "bert",
+    kind: str = "classify",
+    data: Any = None,
+    measured: bool = False,
+    changes: Mapping[str, Any] = MappingProxyType({}),
+    **overrides: Any,
 ) -> tuple[Plan, dict[str, Check]]:
-    on = tiny.base(family, "classify" if kind == "classify" else "generate")
+    on = tiny.base(family, "classify" if kind == "classify" else "generate", **changes)
     data = data or tiny.dataset(kind)
     recipe = tiny.recipe(**overrides)
     result = plan(recipe, on, tiny.task_of(recipe, data, on), data, measured=measured)
@@ -153,6 +160,14 @@ def test_positions_beyond_the_bases_table_are_refused_and_a_prefix_counts() -> N
     _, rows = made("gpt2", "summarize", method="prefix", **settings)
     assert rows["positions"].remedy == "set task.max_tokens to 476 or less"
     assert "positions" not in made("t5", "summarize", task__max_tokens=4000)[1]
+
+
+def test_positions_at_which_the_frequencies_of_a_whole_batch_change_are_refused() -> None:
+    _, rows = made("llama", "summarize", task__max_tokens=521)
+    assert rows["positions"].level == "warn"
+    scaled = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}
+    _, rows = made("llama", "summarize", changes=scaled, task__max_tokens=521)
+    assert rows["positions"].level == "refuse"
 
 
 def test_labels_that_are_skewed_alone_or_missing_are_named() -> None:

@@ -279,9 +279,9 @@ class Finder:
             names += [self.by_name[name] for name in dict.fromkeys((first, *schema.inputs)) if name in self.by_name]
             if names or len(self.columns) == 1:
                 return {single[0]: names[0] if names else self.columns[0]}
-        fewest = min(asked, key=len)
-        options = " ".join(map(_option, fewest)) if first == "text" else "--prompt COLUMN"
-        one = len(fewest) == 1
+        named = min(asked, key=lambda roles: (not set(roles) <= set(OPTIONS), len(roles)))
+        options = " ".join(map(_option, named))
+        one = len(named) == 1
         which = "which column has the inputs" if one else "which columns have the two texts"
         raise DataError(
             f"cannot tell {which}; the columns are {list_columns(self.columns)}: name {'one' if one else 'them'} with "

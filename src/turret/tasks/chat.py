@@ -45,6 +45,7 @@ class Chat(TextAnswers):
     """Turns conversations into prompts and answers, by the template of a decoder."""
 
     kind: ClassVar[str] = "chat"
+    settings: ClassVar[tuple[str, ...]] = (*TextAnswers.settings, "task.loss_on")
     instruction: str = "You are a helpful assistant. Answer the user."
 
     def __init__(

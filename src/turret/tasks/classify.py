@@ -45,6 +45,8 @@ TEXTS = ("text", "sentence", "review", "content", "comment", "tweet", "message")
 LABELS = ("label", "labels", "class", "category", "target", "sentiment", "topic")  # column names of classes
 LOSS = Measure("loss", "the mean of minus the logarithm of the right answer's probability; 0 is perfect", "nats")
 ECE = Measure("calibration error", "ECE: the mean distance of a probability from the share that is right")
+RATIO = "train.head_lr_ratio"  # a setting of tasks with a head
+CLASSES = (RATIO, "data.separator", "data.normalize_labels")  # settings of tasks with classes
 THRESHOLD = 0.5  # multi-label: a class is predicted from this probability on
 
 
@@ -151,6 +153,7 @@ class HeadAnswers(Task, Protocol):
     measures: ClassVar[Mapping[str, Measure]] = {"loss": LOSS}
     errors: ClassVar[str] = "the worst answers"
     sides: ClassVar[tuple[str, str]] = ("right is", "answered")
+    settings: ClassVar[tuple[str, ...]] = (RATIO,)
     inputs: TextInputs
 
     @classmethod
@@ -281,6 +284,7 @@ class Classify(HeadAnswers):
         "ece": ECE,
     }
     errors: ClassVar[str] = "the most confident wrong answers"
+    settings: ClassVar[tuple[str, ...]] = (*CLASSES, "task.multi_label", "task.class_weights")
 
     def __init__(
         self,

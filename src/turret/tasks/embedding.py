@@ -88,6 +88,7 @@ class TextEmbedding(HeadAnswers):
         "loss": Measure("loss", "what the training minimises, over 128 examples at a time"),
     }
     errors: ClassVar[str] = "the worst texts"
+    settings: ClassVar[tuple[str, ...]] = ("task.loss", "task.pooling", "task.normalize", "task.dimensions")
     instruction: str = "Represent the following text."
 
     def __init__(

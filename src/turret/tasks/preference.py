@@ -45,6 +45,7 @@ class Preference(Chat):
     errors: ClassVar[str] = "the pairs with the most wrong margin"
     sides: ClassVar[tuple[str, str]] = ("chosen", "more likely")
     two_answers: ClassVar[bool] = True
+    settings: ClassVar[tuple[str, ...]] = (*Chat.settings, "task.loss", "task.beta", "task.reference")
     rate_ratio: ClassVar[float] = 0.1
     objective: Literal["dpo", "orpo"] = "dpo"
     beta: float = 0.1

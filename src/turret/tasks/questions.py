@@ -18,6 +18,7 @@ from turret.data.table import answer_to
 from turret.errors import DataError, quote, quote_all
 from turret.tasks.calibration import FEWEST, Calibration, Confidences, fit, stored_by_question, temperature_of
 from turret.tasks.classify import (
+    CLASSES,
     ECE,
     LOSS,
     TEXTS,
@@ -64,6 +65,7 @@ class Questions(HeadAnswers):
         "ece": ECE,
     }
     errors: ClassVar[str] = "the texts with the most wrong answers"
+    settings: ClassVar[tuple[str, ...]] = (*CLASSES, "task.class_weights")
     multi_label: bool = True
 
     def __init__(

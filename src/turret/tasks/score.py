@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from turret.data import Dataset, Example, Labelled, Schema
 from turret.data.columns import LABELLED, PAIRED, Roles
 from turret.errors import DataError, count_of, quote, quote_all
-from turret.tasks.classify import TEXTS, Classify, output_names
+from turret.tasks.classify import CLASSES, TEXTS, Classify, output_names
 from turret.tasks.regression import MAE, NEARNESS, SPEARMAN
 from turret.tasks.shapes import Answer, HeadConfig, Metrics, TaskSpec
 from turret.tasks.task import Decision, Measure, Mistake, Prediction, TaskSettings, register
@@ -52,6 +52,7 @@ class Score(Classify):
         "loss": Measure("loss", "the mean cross-entropy of whether the level is above each one; 0 is perfect", "nats"),
     }
     errors: ClassVar[str] = "the largest errors"
+    settings: ClassVar[tuple[str, ...]] = (*CLASSES, "task.levels")
 
     @classmethod
     def schema(cls, *, multi_label: bool = False) -> Schema:

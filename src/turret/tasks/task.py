@@ -236,6 +236,7 @@ class Task(Protocol):
     rate_ratio: ClassVar[float] = 1.0  # of its usual learning rate to the method's
     baselines: ClassVar[tuple[str, ...]] = ()  # of `compare`, that train nothing: linear, lead, nearest
     bare: ClassVar[bool] = False  # whether a base without an adapter answers it
+    settings: ClassVar[tuple[str, ...]] = ()  # keys of a recipe that it reads and not every task does
 
     # --- class methods -----------------------------------------------------------------------------------------------
 

@@ -42,6 +42,9 @@ class TextAnswers(Task, Protocol):
     errors: ClassVar[str] = "the worst outputs"
     sides: ClassVar[tuple[str, str]] = ("reference", "answered")
     bare: ClassVar[bool] = True
+    settings: ClassVar[tuple[str, ...]] = (
+        *("task.max_target_tokens", "task.chat_template", "task.num_beams", "task.max_new_tokens"),
+    )
     pairs: bool = False
     reads_like: None = None
     max_tokens: int

@@ -23,7 +23,7 @@ from turret.data.columns import SPANNED, TAGGED
 from turret.data.examples import Span, written_span
 from turret.errors import DataError, quote, quote_all
 from turret.tasks.calibration import FEWEST, Calibration, Confidences, fit, temperature_of
-from turret.tasks.classify import ECE, TEXTS, HeadAnswers, TextInputs, output_names
+from turret.tasks.classify import CLASSES, ECE, TEXTS, HeadAnswers, TextInputs, output_names
 from turret.tasks.shapes import Answer, HeadConfig, Metrics, SpanAnswer, TaskSpec
 from turret.tasks.task import Encoded, Gives, Measure, Mistake, Prediction, TaskSettings, register
 from turret.transformer import Tokenizer
@@ -89,6 +89,7 @@ class TokenClassification(HeadAnswers):
     }
     errors: ClassVar[str] = "the texts with the most wrong spans"
     sides: ClassVar[tuple[str, str]] = ("missed", "wrong")
+    settings: ClassVar[tuple[str, ...]] = CLASSES
     multi_label: bool = True
 
     def __init__(

@@ -7,6 +7,7 @@ of the tool and its arguments, so calls are found by that object.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self
@@ -63,8 +64,9 @@ def _up_to_special(text: str) -> str:
 
 
 def json_objects(text: str) -> list[tuple[int, int, Mapping[str, Plain]]]:
-    """The outermost JSON objects in a text: start, end, value."""
-    decoder, place, found = json.JSONDecoder(), 0, list[tuple[int, int, Mapping[str, Plain]]]()
+    """The outermost JSON objects in a text whose numbers are finite: start, end, value."""
+    decoder = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+    place, found = 0, list[tuple[int, int, Mapping[str, Plain]]]()
     while len(found) < MOST_CALLS and (place := text.find("{", place)) >= 0:
         try:
             value, end = decoder.raw_decode(text, place)
@@ -74,6 +76,12 @@ def json_objects(text: str) -> list[tuple[int, int, Mapping[str, Plain]]]:
         found.append((place, end, value))
         place = end
     return found
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(text)
+    return value
 
 
 def read_calls(text: str, names: Collection[str], form: CallFormat) -> Answer:

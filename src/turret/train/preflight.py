@@ -449,7 +449,7 @@ def positions(recipe: Recipe, task: Task, base: Base) -> Iterator[Check]:
             parts += " and the prefix"
     if needed <= limit:
         return
-    level: Level = "refuse" if base.family.positions == "table" else "warn"
+    level: Level = "warn" if base.family.last_position(base.model.config) is None else "refuse"
     fits = task.max_tokens - (needed - limit)
     yield Check(
         "positions",
@@ -502,7 +502,11 @@ def labels(task: Task, examples: Sequence[Example]) -> Iterator[Check]:
     sure = [count for label, count in counts.items() if label not in cells.suggest_renames(counts)] or seen
     largest, smallest = max(sure), min(sure)
     text = f"{len(task.labels)} classes: {_class_counts(counts)}"
-    if largest >= SKEWED * smallest and getattr(task, "class_weights", {}) is None:  # the task has weights, all 1
+    if (
+        largest >= SKEWED * smallest
+        and "task.class_weights" in task.settings
+        and not getattr(task, "class_weights", None)
+    ):
         yield Check(
             "labels", "warn", f"{text}: the rare ones will be neglected", 'set task.class_weights to "balanced"'
         )

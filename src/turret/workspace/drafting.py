@@ -226,7 +226,8 @@ def _write_task(text: _Lines, seen: Profile, asked: Mapping[str, Plain]) -> None
         tokens = _tokens(max(written), lengths)
         text.option("max_target_tokens", tokens, True, "longer answers are cut")
     sure = [count for label, count in seen.classes.items() if label not in cells.suggest_renames(seen.classes)]
-    if sure and max(sure) > SKEWED * min(sure):
+    weighs = "task.class_weights" in task_of(seen.kind).settings
+    if weighs and sure and max(sure) > SKEWED * min(sure):
         text.option("class_weights", "balanced", False, "rare classes count as much as common ones")
 
 

@@ -208,7 +208,8 @@ def _complete_adapter(
     """A PEFT adapter with what its folder does not state: base, task, and the parts of the head that the base has."""
     recipe = Recipe(name=name, base=base.id, data={"source": name}, task={"kind": kind})
     overrides = {f"task.{key}": each if isinstance(each, str) else json.dumps(each) for key, each in _settings(request)}
-    settings = recipe.with_overrides(overrides).task
+    recipe = recipe.with_overrides(overrides)
+    recipe.require_read(kind)
     head, labels = given.head, tuple[str, ...]()
     if not task_of(kind).bare:
         head = _head(given, base, notes)
@@ -218,7 +219,7 @@ def _complete_adapter(
             f"--labels are for a classifier, and this is to {kind}: leave them out, or give --task classify"
         )
     dataset = Dataset((), (), (), kind, labels, columns={}, notes=(), duplicates=0, digest="")
-    spec = make_task(settings, dataset, base.tokenizer, base.family.kind).spec()
+    spec = make_task(recipe.task, dataset, base.tokenizer, base.family.kind).spec()
     method = given.method.of_tensors(given.tensors)
     tensors, head = ({key: each.float() for key, each in part.items()} for part in (given.tensors, head))
     return Adapter(method, tensors, head, base.info, spec, spec.get("generation", {}), given.lineage)

@@ -160,7 +160,11 @@ def with_base(recipe: Recipe, kind: str) -> tuple[Recipe, list[str]]:
 
     Args:
         kind: of the task.
+
+    Raises:
+        RecipeError: the task does not read one of the settings.
     """
+    recipe.require_read(kind)
     if recipe.base != AUTO:
         return recipe, []
     base, note = default_base(task_of(kind).head)

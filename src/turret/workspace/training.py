@@ -33,7 +33,6 @@ from turret.data import Dataset
 from turret.errors import (
     CheckpointMismatch,
     CheckpointTooOld,
-    DataError,
     DeviceError,
     Interrupted,
     LossNotFinite,
@@ -310,8 +309,6 @@ def prepare(
     dataset = dataset or read_dataset(store, recipe, callbacks.stage)
     recipe, base_notes = with_base(recipe, dataset.kind)
     task_class = task_of(dataset.kind)
-    if reference is not None and not task_class.two_answers:
-        raise DataError(f"task.reference is of a preference, and this is {dataset.kind}: leave it out")
     machine = place.machine()
     device = choose_for(recipe, task_class, dataset.labels, machine) if device is None else device
     needed = TrainingBase(recipe, task_class, dataset.labels, device)
