@@ -10,9 +10,10 @@ import time
 from dataclasses import replace
 
 import pytest
-from server.console_forms import PAGES, SCRIPT, post, signed_in
+from server.console_forms import PAGES, SCRIPT, Fields, post, signed_in
 from server.echo import FINGERPRINT, LABELS
 from server.test_promises import TERMS
+from server.test_train_pages import CSV, put_in
 from store.bundles import tensors, write_bundle
 
 import turret
@@ -147,6 +148,92 @@ def test_pages_meet_the_log_the_limits_and_the_draining_like_every_route(serve, 
     assert got.status_code == 503
     assert "shutting down" in got.text
     assert got.headers["retry-after"]
+
+
+# --- forms -----------------------------------------------------------------------------------------------------------
+
+ODD = "\"'&<b>\r\n"
+FORMS = (  # the page, where its form is sent to, and what is written into it, of which something is wrong
+    ("/store/tokens", "", {"name": "team", "scope": ["admin", "metrics"], "adapters": "*b", "requests": "5"}),
+    ("/store/tokens", "", {"name": ODD, "scope": [], "expires": "12h", "sign_in": []}),
+    ("/store/tokens/boss/rotate", "", {"overlap": "soon"}),
+    ("/adapters/a/move/promote", "", {"version": "1", "alias": "Not An Alias"}),
+    ("/adapters/a/gates", "", {"alias": "next", "add": "accuracy>=much", "golden": f"text,label{ODD}", "share": "5%"}),
+    ("/adapters/a/1/promise", "", {"error": "3%", "confidence": "sure", "when_broken": "rollback"}),
+    ("/adapters/a/1/promise", "", {"error": "nan", "outcome_ttl": "3d", "when_broken": "stricter"}),
+    ("/experiments/start?name=a", "", {"candidates": "a@2", "share": "much", "guards.promote": "yes", "goal": "lower"}),
+    ("/experiments/start", "", {"name": "a", "candidates": ODD, "unit": "request", "steps": "5%, x"}),
+    ("/experiments/a/1/do/ramp", "", {"share": "lots"}),
+    ("/playground", "", {"model": [], "text": f"a text{ODD}", "temperature": "1.5", "logprobs": "yes", "stop": "x"}),
+    ("/playground", "", {"model": ["echo"], "text": "a text", "temperature": "much", "seed": "4"}),
+    ("/playground?as=chat", "", {"model": ["echo"], "system": "Be brief.", "text": ODD, "tools": "[", "top_k": "7"}),
+    ("/store/usage", "", {"since": "2026-01-09", "until": "2026-01-02", "adapter": "a", "count": "tokens"}),
+    ("/store/audit", "", {"since": "2026-13-01", "who": "me", "verb": "promote"}),
+    ("/runs", "/runs/overlay", {}),
+)
+
+
+@pytest.mark.parametrize(("path", "action", "written"), FORMS, ids=[each[0] for each in FORMS])
+def test_a_form_with_a_wrong_field_comes_back_as_it_was_sent(serve, put, workspace, path, action, written) -> None:
+    for _ in range(2):
+        put(accuracy=0.9)
+    workspace.promote("a@1", "production")
+    workspace.experiment("a").start(["a@2"], steps=[0.2, 0.5])
+    runs = [workspace.store.new_run("a", "", "sha256:x").id for _ in range(7)]
+    secret = workspace.tokens.create("boss", ["admin", "infer"])[1]
+    client = signed_in(serve(), secret)
+    shown = client.get(path)
+    first = Fields(shown.text).found
+    assert set(written) <= set(first), "the page has these fields"
+    wanted = first | {name: [each] if isinstance(each, str) else each for name, each in written.items()}
+    if action:
+        wanted["run"] = sorted(runs)
+    hidden = {"as": "chat"} if "as=chat" in path else {}
+    if path in ("/store/usage", "/store/audit", "/runs"):
+        got = client.get(action or path, params=wanted)
+    else:
+        got = post(client, path.partition("?")[0], **wanted, **hidden)
+    assert got.status_code == (200 if written.get("model") else 400), (
+        "each panel of the playground says its own problem"
+    )
+    (line,) = re.findall(r'<p class="problem" role="alert">(.*?)</p>', got.text)
+    assert "match pattern" not in line
+    found = Fields(got.text).found
+    assert found | {"run": sorted(found.get("run", ()))} == {"run": []} | wanted
+
+
+def test_a_wrong_setting_of_a_table_takes_no_other_with_it(client) -> None:
+    source = put_in(client, "a.csv", CSV).headers["location"].partition("=")[2]
+    first = Fields(client.get(f"/train/recipe?source={source}").text).found
+    kinds = {
+        "questions": {"data.label": ["Anliegen", "Bereich"], "data.text": [""]},
+        "classify": {"data.label": ["Anliegen"], "data.text": [""]},
+    }
+    for kind, columns in kinds.items():
+        shown = Fields(post(client, "/train/recipe", source=source, **{"task.kind": kind}).text).found
+        for key, wrong in (("data.header_row", "x"), ("data.test", "much"), ("name", ODD)):
+            wanted = first | shown | columns | {"name": ["own"], "data.validation": ["0.3"], key: [wrong]}
+            wanted["method"] = ["head"]
+            for path in ("/train/recipe", "/train/plan", "/comparisons/start/sweep"):
+                got = post(client, path, source=source, guessed=kind, then="sweep", **wanted)
+                assert got.status_code == 400, (kind, key, path)
+                assert len(re.findall(r'class="problem" role="alert"', got.text)) == 1
+                assert Fields(got.text).found == wanted, (kind, key, path)
+                assert 'name="then" value="sweep"' in got.text
+
+
+def test_a_wrong_option_or_source_comes_back(client) -> None:
+    for verb, wrong in (("compare", {"seeds": "many", "texts": [], "budget": "2h"}), ("sweep", {"trials": "x"})):
+        wrong |= {"recipe": f"name = {ODD}", "do": "plan"}
+        got = post(client, f"/comparisons/start/{verb}", **wrong)
+        assert got.status_code == 400
+        found = Fields(got.text).found
+        assert {key: found[key] for key in wrong if key != "do"} == {
+            key: each if isinstance(each, list) else [each] for key, each in wrong.items() if key != "do"
+        }
+    got = client.get("/train/recipe", params={"source": "nothing.csv", "then": "sweep"})
+    assert got.status_code == 400, got.text
+    assert Fields(got.text).found == {"source": ["nothing.csv"]}
 
 
 # --- actions ---------------------------------------------------------------------------------------------------------

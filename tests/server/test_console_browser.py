@@ -179,6 +179,23 @@ def test_axe_finds_nothing_on_any_page_and_none_is_wider_than_the_screen(opened:
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
 
 
+CUT = """() => [...document.querySelectorAll("main :is(input, select)")].filter((each) => {
+  const style = getComputedStyle(each), pen = document.createElement("canvas").getContext("2d");
+  pen.font = style.font;
+  const room = each.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+  return each.clientWidth && pen.measureText(each.placeholder || each.selectedOptions?.[0]?.text || "").width > room;
+}).map((each) => each.name)"""
+
+
+def test_on_a_phone_no_field_is_cut_off_and_a_box_to_tick_is_no_circle(opened: Open) -> None:
+    page = opened("/experiments/start", phone=True)
+    assert page.evaluate(CUT) == []
+    box = page.get_by_role("checkbox").first
+    assert box.evaluate("each => parseFloat(getComputedStyle(each).borderRadius) < each.clientWidth / 4")
+    page.goto(page.url.replace("/experiments/start", "/adapters/news/move/promote"))
+    assert page.evaluate(CUT) == []
+
+
 @pytest.mark.slow
 def test_a_token_is_made_rotated_and_revoked_by_keyboard_and_mouse(opened: Open, serve) -> None:
     page = opened("/store", url=serve().url)  # a server of its own: the first token closes it

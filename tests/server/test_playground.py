@@ -359,10 +359,13 @@ def test_a_file_that_is_no_table_or_too_large_is_one_line(serve, put, workspace)
 
 HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "no text": ({"text": " "}, "the text has 1 characters"),
-    "no number": ({"as": "chat", "temperature": "hot"}, "Temperature: 'hot' is no number"),
-    "beyond": ({"as": "chat", "temperature": "9"}, "temperature: Input should be less than or equal to 2"),
-    "endless": ({"as": "chat", "top_p": "nan"}, "the body is not JSON"),
-    "long number": ({"as": "chat", "seed": "9" * 5000}, "seed: "),
+    "no number": ({"as": "chat", "temperature": "hot"}, "Temperature: 'hot' is no number from 0 to 2"),
+    "beyond": ({"as": "chat", "temperature": "9"}, "Temperature: '9' is no number from 0 to 2"),
+    "nan": ({"as": "chat", "top_p": "nan"}, "Top p: 'nan' is no number from 0 to 1"),
+    "endless": ({"temperature": "inf"}, "Temperature: 'inf' is no number from 0 to 2"),
+    "overflow": ({"top_k": "1e999"}, "Top k: '1e999' is no number from 1 to 100000"),
+    "endless schema": ({"schema": '{"maximum": 1e999}'}, "schema: not JSON: Out of range float values"),
+    "long number": ({"as": "chat", "seed": "9" * 5000}, "Seed: '9999"),
     "schema": ({"as": "chat", "schema": "{"}, "schema: not JSON"),
     "deep": ({"as": "chat", "schema": "[" * 100_000}, "schema: not JSON"),
     "keys": ({"as": "chat", "tools": "[" + ",".join(['{"a":1}'] * 5000) + "]"}, "the body has more than 4096 keys"),

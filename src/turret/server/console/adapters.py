@@ -97,7 +97,7 @@ async def ask(
     suggested = list(dict.fromkeys([*SUGGESTED_ALIASES, alias, *(each.alias for each in values["aliases"])]))
     every = values["every"]
     chosen = next((each for each in every if each.number == version), every[0])
-    more = {"verb": verb, "alias": _alias(alias), "suggested": suggested, "chosen": chosen}
+    more = {"verb": verb, "alias": alias, "suggested": suggested, "chosen": chosen}
     return page.show("move.html.j2", **values, **more)
 
 

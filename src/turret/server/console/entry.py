@@ -40,7 +40,7 @@ async def sign_in(page: Page, view: View, form: Sent) -> Response:
     try:
         session = view.services.guard.sign_in(form.text("token"), secure=_secure(page))
     except Unauthorized as error:
-        return _form(page, next, problem=str(error))
+        return _form(page, next, why=str(error))
     view.services.guard.sessions.end(page.caller.session)
     await view.services.replica.share_session(session, page.caller.session)
     cookie = session_cookie(session, view.services.guard.sessions.seconds, secure=_secure(page))
@@ -71,7 +71,7 @@ async def oidc_callback(page: Page, view: View) -> Response:
         session = view.services.guard.sign_in_as(person.name, person.tenant, secure=secure)
         await view.services.replica.share_session(session, None)
     except Unauthorized as error:
-        refused = _form(page, "/", problem=str(error))
+        refused = _form(page, "/", why=str(error))
         refused.headers["set-cookie"] = oidc.cookie("", secure=secure)
         return refused
     response = page.show("signed_in.html.j2", next=_local(person.next))
@@ -106,10 +106,10 @@ def _files() -> dict[str, tuple[bytes, str]]:
     return {path.relative_to(folder).as_posix(): (path.read_bytes(), MEDIA_TYPES[path.suffix[1:]]) for path in paths}
 
 
-def _form(page: Page, next: str, problem: str | None = None) -> Response:
+def _form(page: Page, next: str, why: str | None = None) -> Response:
     provider = None if page.view.services.oidc is None else oidc.PATH
-    status = 200 if problem is None else 401
-    return page.show("sign_in.html.j2", status, next=next, problem=problem, oidc=provider)
+    status = 200 if why is None else 401
+    return page.show("sign_in.html.j2", status, next=next, why=why, oidc=provider)
 
 
 def _provider(view: View) -> oidc.Oidc:

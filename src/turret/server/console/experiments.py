@@ -8,12 +8,12 @@ from typing import Annotated
 from fastapi import Path, Query, Response
 from fastapi.responses import JSONResponse
 
-from turret.errors import BadRequest, TurretError
+from turret.errors import BadRequest
 from turret.experiments.experiment import read_split
 from turret.json_types import JsonValue, Plain
 from turret.server import moves
 from turret.server.console import render
-from turret.server.console.render import FILLED, Field, Form, Page, Sent, model_in, one_of, pages, texts_in
+from turret.server.console.render import Field, Form, Page, Sent, model_in, one_of, pages
 from turret.server.moves import end_experiment
 from turret.server.routes import View
 from turret.store import Gate
@@ -148,75 +148,62 @@ PROMISE = (
 @router.get("/experiments/start")
 async def show_experiment(page: Page, name: Word = "", candidate: Word = "") -> Response:
     """The form that starts an experiment."""
-    return _page(page, "experiment", EXPERIMENT, Form({"name": name, "candidates": candidate}))
+    return _page(page, "experiment", EXPERIMENT, form=Form({"name": name, "candidates": candidate}))
 
 
 @router.post("/experiments/start")
 async def start_experiment(page: Page, view: View, form: Sent) -> Response:
     """What the experiment will do, or its start."""
     fields, name = EXPERIMENT[1:], form.text("name")
-    try:
-        asked = model_in(form, fields, moves.StartRequest)
-        if form.text("do") == "start":
-            started = (await moves.start_experiment(view, name, asked)).experiment
-            await view.control(view.refresh)
-            return page.redirect(f"/experiments/{started.adapter}/{started.number}")
-        said = await view.control(_experiment_said, view, name, asked)
-    except TurretError as error:
-        return _page(page, "experiment", EXPERIMENT, form, error=error)
-    return _page(page, "experiment", EXPERIMENT, form, said)
+    asked = model_in(form, fields, moves.StartRequest)
+    if form.text("do") == "start":
+        started = (await moves.start_experiment(view, name, asked)).experiment
+        await view.control(view.refresh)
+        return page.redirect(f"/experiments/{started.adapter}/{started.number}")
+    said = await view.control(_experiment_said, view, name, asked)
+    return _page(page, "experiment", EXPERIMENT, said, form)
 
 
 @router.get("/adapters/{name}/gates")
 async def show_gates(page: Page, name: Name, alias: Word = PRODUCTION) -> Response:
     """The gates of a name, with a form for another."""
-    return await _gates(page, name, Form({"alias": alias}))
+    return await _gates(page, name, form=Form({"alias": alias}))
 
 
 @router.post("/adapters/{name}/gates")
 async def change_gates(page: Page, view: View, name: Name, form: Sent) -> Response:
     """What a gate would do, or set it, or remove one."""
-    try:
-        if remove := form.text("remove"):
-            asked = moves.GateRequest.model_validate({"alias": form.text("alias"), "remove": [remove]})
-        else:
-            asked = model_in(form, GATES, moves.GateRequest)
-        if remove or form.text("do") == "start":
-            await view.control(moves.change_gates, view, name, asked)
-            return page.redirect(f"/adapters/{name}/gates?alias={asked.alias}")
-        said = await view.control(_gates_said, view, name, asked)
-    except TurretError as error:
-        return await _gates(page, name, form, error=error)
-    return await _gates(page, name, form, said)
+    if remove := form.text("remove"):
+        asked = moves.GateRequest.model_validate({"alias": form.text("alias"), "remove": [remove]})
+    else:
+        asked = model_in(form, GATES, moves.GateRequest)
+    if remove or form.text("do") == "start":
+        await view.control(moves.change_gates, view, name, asked)
+        return page.redirect(f"/adapters/{name}/gates?alias={asked.alias}")
+    return await _gates(page, name, await view.control(_gates_said, view, name, asked), form)
 
 
-async def _gates(
-    page: Page, name: str, form: Form, said: list[str] | None = None, error: TurretError | None = None
-) -> Response:
+async def _gates(page: Page, name: str, said: list[str] | None = None, form: Form | None = None) -> Response:
     found = await page.view.control(page.view.workspace.gate_status, name)
-    return _page(page, "gates", GATES, form, said, error, name=name, gates=found)
+    return _page(page, "gates", GATES, said, form, name=name, gates=found)
 
 
 @router.get("/adapters/{name}/{number}/promise")
 async def show_promise(page: Page, view: View, name: Name, number: VersionNumber) -> Response:
     """The form that makes a promise of a version."""
     version = await view.control(view.workspace.resolve, f"{name}@{number}")
-    return _page(page, "promise", PROMISE, Form({}), version=version)
+    return _page(page, "promise", PROMISE, version=version)
 
 
 @router.post("/adapters/{name}/{number}/promise")
 async def make_promise(page: Page, view: View, name: Name, number: VersionNumber, form: Sent) -> Response:
     """What the promise will do, or make it."""
     version = await view.control(view.workspace.resolve, f"{name}@{number}")
-    try:
-        asked = model_in(form, PROMISE, moves.PromiseAsked)
-        if form.text("do") == "start":
-            await view.preview(moves.make_promise, view, page.owner, str(version), asked)
-            return page.redirect(f"/adapters/{name}/{number}#promise")
-        said = _promise_said(str(version), asked)
-    except TurretError as error:
-        return _page(page, "promise", PROMISE, form, error=error, version=version)
-    return _page(page, "promise", PROMISE, form, said, version=version)
+    asked = model_in(form, PROMISE, moves.PromiseAsked)
+    if form.text("do") == "start":
+        await view.preview(moves.make_promise, view, page.owner, str(version), asked)
+        return page.redirect(f"/adapters/{name}/{number}#promise")
+    return _page(page, "promise", PROMISE, _promise_said(str(version), asked), form, version=version)
 
 
 # --- what will happen -------------------------------------------------------------------------------------------------
@@ -282,13 +269,9 @@ def _page(
     page: Page,
     what: str,
     fields: tuple[Field, ...],
-    form: Form,
     said: list[str] | None = None,
-    error: TurretError | None = None,
+    form: Form | None = None,
     **values: JsonValue,
 ) -> Response:
-    texts = texts_in(form, fields)
-    if FILLED not in form:  # the address says some
-        texts |= {key: form.text(key) for key in form if form.text(key)}
     common: render.Context = {"name": "", "version": "", "gates": (), **values}
-    return page.show("decide.html.j2", error=error, **common, fields=fields, texts=texts, said=said, what=what)
+    return page.show("decide.html.j2", form=form, **common, fields=fields, said=said, what=what)

@@ -11,7 +11,7 @@ from typing import Annotated
 from fastapi import Depends, Path, Query, Response
 from fastapi.responses import JSONResponse
 
-from turret.errors import BadRequest, Forbidden, NotFound, TurretError
+from turret.errors import BadRequest, Forbidden, NotFound
 from turret.experiments.experiment import read_duration
 from turret.server import accounts
 from turret.server.auth import Caller
@@ -50,11 +50,7 @@ async def tokens(page: Page, tenant: Text = "") -> Response:
 async def create(page: Page, view: View, form: Sent) -> Response:
     """Make a token, and show its secret once."""
     tenant = form.text("tenant")
-    try:
-        wanted = _wanted_token(form)
-        made = await view.control(accounts.create, view, page.caller, wanted, tenant or None)
-    except TurretError as error:
-        return await _tokens(page, tenant, error=error, form=form)
+    made = await view.control(accounts.create, view, page.caller, _wanted_token(form), tenant or None)
     return await _tokens(page, tenant, secret=made[1], of=made[0].name)
 
 
@@ -104,20 +100,12 @@ def _whole(form: Form, field: str) -> int | None:
     return int(text)
 
 
-async def _tokens(
-    page: Page,
-    tenant: str,
-    *,
-    secret: str | None = None,
-    of: str = "",
-    error: TurretError | None = None,
-    form: Form | None = None,
-) -> Response:
+async def _tokens(page: Page, tenant: str, *, secret: str | None = None, of: str = "") -> Response:
     found = await page.view.control(lambda: accounts.tokens_of(page.view, page.caller, tenant or None).list())
     at = now()
     scopes = [each for each in SCOPES if each != OPERATE or accounts.may_operate(page.view, page.caller)]
     shown = [(each, "revoked" if each.revoked else "valid" if each.lives(at) else "expired") for each in found]
-    values = {
+    values: render.Context = {
         "shown": sorted(shown, key=lambda each: (each[1] != "valid", each[0].name)),
         "tenants": await page.view.control(accounts.tenants, page.view, page.caller),
         "tenant": tenant or page.view.access.tenant,
@@ -125,9 +113,8 @@ async def _tokens(
         "secret": secret,
         "of": of,
         "own": page.caller.name,
-        "sent": form or Form({}),
     }
-    return page.show("tokens.html.j2", error=error, **values)
+    return page.show("tokens.html.j2", **values)
 
 
 # --- usage ------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
@@ -49,7 +50,7 @@ MODES = {"text": "One input", "chat": "Chat", "file": "A file"}
 
 @dataclass(frozen=True)
 class Number:
-    """A setting of a generation: its key in the API, and its field. The API checks it."""
+    """A setting of a generation: its key in the API, and its field."""
 
     key: str
     label: str
@@ -159,13 +160,12 @@ def _lines(form: Form, name: str) -> list[str]:
     return [line for line in form.raw(name).splitlines() if line.strip()]
 
 
-def _number(name: str, text: str) -> int | float:
+def _number(setting: Number, text: str) -> int | float:
     for kind in (int, float):
-        try:
-            return kind(text[:40])
-        except ValueError:
-            continue
-    raise BadRequest(f"{name}: {ascii(text)[:40]} is no number")
+        with suppress(ValueError):
+            if setting.low <= (value := kind(text)) <= setting.high:  # nan is neither
+                return value
+    raise BadRequest(f"{setting.label}: {ascii(text)[:40]} is no number from {setting.low} to {setting.high}")
 
 
 def _json(view: View, form: Form, name: str) -> JsonValue:
@@ -175,14 +175,16 @@ def _json(view: View, form: Form, name: str) -> JsonValue:
         return None
     check_counts(text.encode("utf-8", "replace"), view.services.limits)
     try:
-        return from_json(text, allow_inf_nan=False)
+        value: JsonValue = from_json(text, allow_inf_nan=False)
+        json.dumps(value, allow_nan=False)  # 1e999 is read as infinity
+        return value
     except ValueError as error:
         raise BadRequest(f"{name}: not JSON: {error}") from None
 
 
 def _settings(view: View, form: Form) -> JsonObject:
     """The settings of a generation that are filled in, as the API takes them."""
-    found: JsonObject = {each.key: _number(each.label, text) for each in NUMBERS if (text := form.text(each.key))}
+    found: JsonObject = {each.key: _number(each, text) for each in NUMBERS if (text := form.text(each.key))}
     if stops := _lines(form, "stop"):
         found["stop"] = stops
     if (schema := _json(view, form, "schema")) is not None:
@@ -488,7 +490,10 @@ async def ask(page: Page, view: View, form: Sent) -> Response:
     """A panel for each version. With scripts each panel then sends its own request; without, all are answered here."""
     models = form.all("model")
     if not 1 <= len(models) <= MOST:
-        raise BadRequest(f"{len(models)} versions are chosen: expected 1 to {MOST}")
+        wrong = BadRequest(f"{len(models)} versions are chosen: expected 1 to {MOST}")
+        if page.live:
+            raise wrong
+        return await _page(page, form, error=wrong)
     kinds = await view.control(_kinds, view, models)
     found = await asyncio.gather(*(_panel(page, form, *each) for each in zip(models, kinds, strict=True)))
     if page.live:
@@ -575,7 +580,6 @@ async def _page(page: Page, form: Form, panels: Sequence[Panel] = (), error: Tur
     named = [str(each) for each, _ in versions if each.aliases][:2] or [str(each) for each, _ in versions[:1]]
     bare = [name for name, kind in bases if mode != "chat" or kind.request == "generate"]
     kinds = [kind for _, kind in (*versions, *bases)]
-    answered = any(each.answered for each in panels)
     shown = _of_table(form, panels)
     table: Table | None = shown["table"]
     values = {
@@ -589,7 +593,7 @@ async def _page(page: Page, form: Form, panels: Sequence[Panel] = (), error: Tur
         "numbers": NUMBERS,
         "generating": any(each.request == "generate" for each in kinds),
         "two": any(each.pairs or each.request == "embed" for each in kinds),
-        "filled": {name: form.raw(name) for name in form} | ({"text": ""} if answered and mode == "chat" else {}),
+        "asked": form,
         "panels": panels,
         "formats": source.SUFFIXES,
         "most_rows": MOST_ROWS,
@@ -597,7 +601,9 @@ async def _page(page: Page, form: Form, panels: Sequence[Panel] = (), error: Tur
         **shown,
         "likely": None if table is None else max(table.columns, key=lambda name: sum(map(len, table.column(name)))),
     }
-    return page.show("playground.html.j2", error=error, **values)
+    said = mode == "chat" and any(each.answered for each in panels)
+    kept = Form([(name, value) for name, value in form.multi_items() if name != "text" or not said])
+    return page.show("playground.html.j2", error=error, form=kept if TOKEN in form else None, **values)
 
 
 def _kinds(view: View, models: Sequence[str]) -> list[Kind | TurretError]:

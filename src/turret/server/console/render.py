@@ -6,17 +6,19 @@ Every value in a template is escaped. A missing name in a template is an error.
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, reduce
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from fastapi import APIRouter, Depends, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse
 from jinja2 import (
     ChoiceLoader,
@@ -41,9 +43,10 @@ from turret.experiments.experiment import read_duration
 from turret.json_types import JsonObject, JsonValue, Plain
 from turret.methods import describe_method
 from turret.server.auth import READS, Caller
-from turret.server.error_responses import Problem, error_response, validation_response
+from turret.server.error_responses import ErrorResponse, Problem, as_bad_request, error_response, validation_response
 from turret.server.limits import FILES, MENU
 from turret.server.routes import PageRoute, View, owner_of, read_form
+from turret.store import Gate
 from turret.tasks import Measure
 from turret.tasks.shapes import Metrics, SplitMetrics, number_in, parts_in
 from turret.timestamp import to_minute
@@ -110,8 +113,22 @@ class AskedPage:
         return "hx-request" in self.request.headers
 
     # Any: as in `Context`.
-    def show(self, name: str, status: int = 200, /, *, error: TurretError | None = None, **values: Any) -> HTMLResponse:
-        """A template with the values that every page needs, and those of this one. error: that it tells, if any."""
+    def show(
+        self,
+        name: str,
+        status: int = 200,
+        /,
+        *,
+        error: TurretError | None = None,
+        form: Form | None = None,
+        **values: Any,
+    ) -> HTMLResponse:
+        """A template with the values that every page needs, and those of this one.
+
+        Args:
+            error: that it tells.
+            form: what its fields say; None: their first values.
+        """
         common = {
             "caller": self.caller,
             "bases": [each.name for each in self.view.engines.bases],
@@ -122,7 +139,8 @@ class AskedPage:
         }
         if error is not None:
             values["problem"], status = problem_and_status(error)
-        return HTMLResponse(template(name).render(common | values), status)
+        page = template(name).render(common | values)
+        return HTMLResponse(page if form is None else fill(page, form), status)
 
     def redirect(self, url: str) -> Response:
         """Go to another page, for htmx or for a browser without scripts."""
@@ -234,7 +252,7 @@ def metric(value: Plain, measure: Measure) -> str:
 
 def points(value: Plain) -> str:
     """`91.3%`, of a share; nothing for what is no number."""
-    return f"{100 * value:.1f}%" if isinstance(value, int | float) else ""
+    return amounts.percentage(value) if isinstance(value, int | float) else ""
 
 
 def value_said(value: Plain) -> str:
@@ -332,9 +350,11 @@ def _requested_page(scope: Scope) -> str:
 MOST_FORM_FIELDS = 64
 INLINE = 8 << 10  # bytes; a larger form is read on a thread
 TOKEN = "form_token"
-FILLED = "filled"  # a field of a form whose fields a person has seen
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 _ESCAPED = re.compile(rb"%([0-9A-Fa-f]{2})")
+_TAG = re.compile(r"<(input|select|option|textarea)\b([^>]*)>(?:([^<]*)(</(?:option|textarea)>))?")
+_ATTRIBUTE = re.compile(r'([\w-]+)(?:="([^"]*)")?')
+SHORT = 200  # characters of a field that may choose what the page of its form shows
 
 
 class Form(FormData):
@@ -389,7 +409,11 @@ class Field:
         if self.kind == "time":
             return read_duration(text)
         if self.kind == "gates":
-            return [re.sub(r"\s*(>=|<=|>|<)\s*", r"\1", each.strip()) for each in text.split(",") if each.strip()]
+            gates = [re.sub(r"\s*(>=|<=|>|<)\s*", r"\1", each.strip()) for each in text.split(",") if each.strip()]
+            with as_bad_request():  # it says more than a pattern that does not match
+                for each in gates:
+                    Gate.parse(each)
+            return gates
         if self.kind == "words":
             return text.replace(",", " ").split()
         if self.kind == "shares":
@@ -404,12 +428,6 @@ def _number(text: str) -> JsonValue:
         return float(text[:-1]) / 100 if share else float(text)
     except ValueError:
         return text
-
-
-def texts_in(form: Form, fields: Iterable[Field]) -> dict[str, str]:
-    """What a person has written, by name; the first values unless this form was sent."""
-    sent = FILLED in form
-    return {each.name: form.raw(each.name) if sent else each.value for each in fields}
 
 
 def model_in(form: Form, fields: Iterable[Field], model: type[AnyModel]) -> AnyModel:
@@ -439,6 +457,7 @@ async def read_form_of(request: Request, view: View) -> Form:
     token = request.headers.get("x-form-token") or form.text(TOKEN)
     if not view.services.guard.sessions.is_form_token(caller.session, token):
         raise Forbidden("this form is not from this session, and nothing was done: reload the page and send it again")
+    request.state.form = form
     return form
 
 
@@ -486,4 +505,80 @@ def one_of(*verbs: str) -> AfterValidator:
 
 def pages() -> APIRouter:
     """A router for pages. It checks the form token of every write, also if the route does not read the form."""
-    return APIRouter(route_class=PageRoute, include_in_schema=False, dependencies=[Depends(_check_writes)])
+    return APIRouter(route_class=FormRoute, include_in_schema=False, dependencies=[Depends(_check_writes)])
+
+
+# --- a form that was refused ------------------------------------------------------------------------------------------
+
+
+class FormRoute(PageRoute):
+    """A route of the pages. What it refuses of a form comes back as the page of the form, filled in as it was sent.
+
+    That page is the one that GET shows at the same address. htmx changes no form, and gets the line of the error alone.
+    """
+
+    # Any, Any: the yield and send types of every coroutine.
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except (TurretError, RequestValidationError) as error:
+                told = error_response(error) if isinstance(error, TurretError) else validation_response(error.errors())
+                refused = None if "hx-request" in request.headers else await _refused_form(request, told)
+                if refused is None:
+                    raise
+                return refused
+
+        return handle
+
+
+async def _refused_form(request: Request, told: ErrorResponse) -> Response | None:
+    """The page of the form with an error; None if there is no form, or the page cannot be shown either."""
+    read = request.method in READS
+    form = Form(request.query_params) if read else getattr(request.state, "form", None)
+    if not form or told.status == 401 or told.status >= (401 if read else 500):
+        return None
+    chosen = {} if read else {key: form.raw(key) for key in form if len(form.raw(key)) <= SHORT}
+    scope = {**request.scope, "method": "GET", "query_string": urlencode(chosen).encode()}
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await request.app(scope, request.receive, send)
+    if sent[0]["status"] != 200:
+        return None
+    page = fill(b"".join(each.get("body", b"") for each in sent[1:]).decode(), form)
+    line = template("problem.html.j2").render(message=told.body["error"]["message"])
+    headers = {name: value for name, value in told.headers.items() if name != "content-type"}
+    return HTMLResponse(page.replace("<div data-problem>", f"<div data-problem>{line}", 1), told.status, headers)
+
+
+def fill(page: str, form: Form) -> str:
+    """A page whose fields say what a form has sent. Hidden fields, files, and what was not sent stay as they are."""
+    select = ""
+
+    def write(found: re.Match[str]) -> str:
+        nonlocal select
+        tag, written, text, end = found.groups(default="")
+        attributes = dict(_ATTRIBUTE.findall(written))  # escaped
+        name, kind = html.unescape(attributes.get("name", "")), attributes.get("type", tag)
+        if tag == "select":
+            select = name
+        if kind == "checkbox" or (kind == "option" and select in form):
+            mark, name = ("checked", name) if kind == "checkbox" else ("selected", select)
+            attributes.pop(mark, None)
+            if html.unescape(attributes.get("value", text)) in form.all(name):
+                attributes[mark] = mark
+        elif tag in ("select", "option") or kind in ("hidden", "file") or name not in form:
+            return found[0]
+        elif tag == "textarea":
+            text = f"\n{escape(form.raw(name))}"
+        else:
+            attributes["value"] = escape(form.raw(name))
+        opened = " ".join([tag, *(f'{key}="{value}"' for key, value in attributes.items())])
+        return f"<{opened}>{text}{end}"
+
+    return _TAG.sub(write, page)

@@ -22,7 +22,7 @@ from turret.methods import SHOWN as METHODS_SHOWN
 from turret.recipe import AUTO, Recipe, toml_text
 from turret.server import trainings
 from turret.server.console import render
-from turret.server.console.render import Field, Form, Page, Sent, model_in, one_of, pages, texts_in
+from turret.server.console.render import Field, Form, Page, Sent, model_in, one_of, pages
 from turret.server.routes import FileId, View, keep
 from turret.store.client_files import TABLE
 from turret.tasks import TASKS, Task, main_metric, measure_of
@@ -45,18 +45,15 @@ Then = Literal["plan", "compare", "sweep"]
 @router.get("/train")
 async def show(page: Page, then: Then = "plan") -> Response:
     """The form for a table, and the tables that were sent before."""
-    return await _start(page, then=then)
+    return await _start(page, then)
 
 
 @router.post("/train")
 async def upload(page: Page, view: View, form: Sent) -> Response:
     """Store a table, and go on to what it shows."""
-    try:
-        if form.file is None:
-            raise BadRequest("no file is chosen: choose a table")
-        kept = await keep(view, page.owner, form.file, TABLE)
-    except TurretError as error:
-        return await _start(page, error, _then(form))
+    if form.file is None:
+        raise BadRequest("no file is chosen: choose a table")
+    kept = await keep(view, page.owner, form.file, TABLE)
     then = _then(form)
     return page.redirect(f"/train/recipe?source={kept.id}" + ("" if then == "plan" else f"&then={then}"))
 
@@ -81,11 +78,11 @@ def _then(form: Form) -> str:
     return form.text("then") if form.text("then") in STEPS else "plan"
 
 
-async def _start(page: Page, error: TurretError | None = None, then: str = "plan") -> Response:
+async def _start(page: Page, then: str, error: TurretError | None = None, source: str = "") -> Response:
     found = await page.view.control(page.view.services.files.list_files, page.owner, purpose=TABLE, limit=MOST)
     values = {"found": found, "formats": tables.SUFFIXES, "most": page.view.services.limits.file_bytes}
     values |= {"then": then, "here": "train" if then == "plan" else "comparisons"}
-    return page.show("train.html.j2", error=error, **values)
+    return page.show("train.html.j2", error=error, form=Form({"source": source}), **values)
 
 
 # --- what a table shows -----------------------------------------------------------------------------------------------
@@ -140,16 +137,16 @@ async def look(page: Page, source: Source, then: Then = "plan") -> Response:
 @router.post("/train/recipe")
 async def look_again(page: Page, form: Sent) -> Response:
     """The same, with what was corrected."""
-    return await _look(page, Chosen.of(form))
+    return await _look(page, Chosen.of(form), form)
 
 
-async def _look(page: Page, chosen: Chosen, error: TurretError | None = None) -> Response:
+async def _look(page: Page, chosen: Chosen, form: Form | None = None, error: TurretError | None = None) -> Response:
     try:
-        made = await _draft_recipe(page, chosen)
+        made = await _draft_recipe(page, chosen if error is None else Chosen(chosen.source))
     except TurretError as wrong:
-        if chosen.settings:  # one of them does not fit
-            return await _look(page, Chosen(chosen.source, then=chosen.then), wrong)
-        return await _start(page, wrong, chosen.then)
+        if error is None and chosen.settings:  # one of them does not fit
+            return await _look(page, chosen, form, wrong)
+        return await _start(page, chosen.then, wrong, chosen.source)
     kind = str(chosen.settings.get("task.kind") or (made.guess.kind if made.guess else ""))
     task = TASKS.get(kind)
     values = {
@@ -164,7 +161,7 @@ async def _look(page: Page, chosen: Chosen, error: TurretError | None = None) ->
         "methods": METHODS_SHOWN,
         "steps": {chosen.then: STEPS[chosen.then]} | STEPS,
     }
-    return page.show("train_recipe.html.j2", error=error, **values)
+    return page.show("train_recipe.html.j2", error=error, form=form if error else None, **values)
 
 
 async def _draft_recipe(page: Page, chosen: Chosen) -> Inspection:
@@ -202,7 +199,7 @@ async def recipe_in(page: Page, form: Form) -> str | Response:
     try:
         made = await _draft_recipe(page, chosen)
     except TurretError as error:
-        return await _look(page, Chosen(chosen.source, then=chosen.then), error)
+        return await _look(page, chosen, form, error)
     return made.recipe or await _look(page, chosen)
 
 
@@ -225,6 +222,7 @@ async def start(page: Page, view: View, form: Sent) -> Response:
 RunKey = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 RunId = Annotated[str, Path(min_length=1, max_length=100)]
 Runs = Annotated[list[RunKey], Query(min_length=1, max_length=trainings.MOST_CURVES)]
+Ticked = Annotated[list[RunKey], Query(default_factory=list)]
 Past = Annotated[int, Query(ge=0, le=1 << 62)]
 RunVerb = Annotated[str, one_of("cancel", "resume", "delete")]
 MOST_RUNS = 200  # runs in the list
@@ -236,13 +234,16 @@ PLOTTED = ("step", "epoch", "loss", "lr", "tokens_per_second", "rss", "metrics",
 @router.get("/runs")
 async def list_runs(page: Page, view: View) -> Response:
     """The newest trainings."""
-    found = await view.control(view.workspace.runs, MOST_RUNS)
-    return page.show("runs.html.j2", runs=found, most=MOST_RUNS)
+    return page.show("runs.html.j2", runs=await view.control(view.workspace.runs, MOST_RUNS), most=MOST_RUNS)
 
 
 @router.get("/runs/overlay")
-async def overlay(page: Page, view: View, run: Runs) -> Response:
+async def overlay(page: Page, view: View, run: Ticked) -> Response:
     """The curves of several trainings in one plot, and their final values in a table."""
+    if not 1 <= len(run) <= trainings.MOST_CURVES:
+        error = BadRequest(f"{len(run)} runs are chosen: expected 1 to {trainings.MOST_CURVES}")
+        runs, form = await view.control(view.workspace.runs, MOST_RUNS), Form(page.request.query_params)
+        return page.show("runs.html.j2", error=error, form=form, runs=runs, most=MOST_RUNS)
     found = await view.control(trainings.curves, view, run)
     return page.show("runs_overlay.html.j2", curves=found.curves)
 
@@ -342,7 +343,7 @@ FIELDS = {
             "methods",
             "Methods",
             "Separated by commas, settings after a colon. Empty: all that suit the task.",
-            example="base,linear,full,lora:r=4/16,prefix",
+            example="base,full,lora:r=4/16",
         ),
         Field("against", "Baseline", "The method that the others are judged against.", "full"),
         Field("seeds", "Seeds", "Trainings of each method; at least 2 for a verdict.", "5", "number"),
@@ -404,12 +405,11 @@ async def start_study(page: Page, view: View, verb: Verb, form: Sent) -> Respons
     values: render.Context = {
         "verb": verb,
         "fields": FIELDS[verb],
-        "texts": texts_in(form, FIELDS[verb]),
         "planned": planned,
         "text": text,
         "source": form.text("source"),
     }
-    return page.show("study_start.html.j2", error=error, **values)
+    return page.show("study_start.html.j2", error=error, form=form if do else None, **values)
 
 
 def _options(verb: Verb, form: Form) -> trainings.CompareOptions | trainings.SweepOptions:
