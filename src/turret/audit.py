@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sqlalchemy import ColumnElement, Connection, func, insert, select, true
+from sqlalchemy import ColumnElement, Connection, String, cast, func, insert, or_, select, true
 
-from turret.database import Database, access_of, adapters, audit, seen_adapters
+from turret.database import Database, access_of, adapters, audit, seen_adapters, seen_names, seen_versions, versions
 from turret.errors import StoreError
 from turret.json_types import AsJson, JsonObject, Plain
 
@@ -90,10 +90,13 @@ def read_actions(
 
 
 def _seen_actions(connection: Connection) -> ColumnElement[bool]:
-    """All actions, or for a limited access those on adapters that it sees."""
+    """All actions, or for a limited access those on names and versions that it sees, of no panel."""
     if access_of(connection).whole:
         return true()
-    return audit.c.adapter.in_(select(adapters.c.name).where(seen_adapters(connection)))
+    reference = adapters.c.name + "@" + cast(versions.c.number, String)
+    seen = select(reference).join(adapters, versions.c.adapter_id == adapters.c.id)
+    seen = seen.where(seen_adapters(connection), seen_versions(connection))
+    return (audit.c.verb != "panel") & or_(audit.c.adapter.in_(seen_names(connection)), audit.c.what.in_(seen))
 
 
 # --- following --------------------------------------------------------------------------------------------------------

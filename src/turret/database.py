@@ -66,6 +66,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    Select,
     String,
     Table,
     Text,
@@ -787,7 +788,11 @@ def _on_server(where: Location) -> Postgres:
 
 
 # --- visibility -------------------------------------------------------------------------------------------------------
-# The conditions that limit a query to what its connection's `Access` sees.
+# The conditions that limit a query to what its connection's `Access` sees. With limited bases:
+#
+# - a row about a version is seen if the version is seen
+# - a row about a name as a whole is seen if every version that the name ever had is seen
+# - a job is seen if its version is seen, or if the base of its recipe may be used
 #
 # Every query that finds an adapter by name, or lists adapters, versions, experiments, answers or runs has one of them.
 # A name of another tenant is therefore missed by the same query as a name that nobody has, in the same time.
@@ -816,6 +821,18 @@ def seen_adapters(connection: Connection) -> ColumnElement[bool]:
 def seen_versions(connection: Connection) -> ColumnElement[bool]:
     """Rows of `versions` on a base that may be used. The query must also limit `adapters`."""
     return _versions(access_of(connection))
+
+
+def seen_names(connection: Connection) -> Select[tuple[str]]:
+    """The names whose rows as a whole may be seen, such as their usage.
+
+    With limited bases a name with a version that was deleted is not among them: nothing tells the base of that.
+    """
+    access, names = access_of(connection), select(adapters.c.name).where(seen_adapters(connection))
+    if "*" in access.bases:
+        return names
+    own = select(func.count()).where(versions.c.adapter_id == adapters.c.id, _versions(access))
+    return names.where(own.correlate(adapters).scalar_subquery() == adapters.c.last_number)
 
 
 # Building a condition takes longer than finding a row, and an access never changes.
@@ -857,7 +874,7 @@ def seen_arms(connection: Connection) -> ColumnElement[bool]:
 
 
 def seen_runs(connection: Connection, kind: str = TRAINING) -> ColumnElement[bool]:
-    """Trainings that may be seen, by the name that they train; with limited bases only if that has a version.
+    """Trainings that may be seen, by the name that they train, and with limited bases by their version or recipe.
 
     Args:
         kind: of jobs; studies are seen by the same rule.
@@ -866,7 +883,15 @@ def seen_runs(connection: Connection, kind: str = TRAINING) -> ColumnElement[boo
     own = and_(jobs.c.kind == kind, jobs.c.tenant == access.tenant, _like(jobs.c.name, access.adapters))
     if "*" in access.bases:
         return own
-    return own & jobs.c.name.in_(select(adapters.c.name).where(seen_adapters(connection)))
+    made = select(versions.c.run).join(adapters, versions.c.adapter_id == adapters.c.id)
+    made = made.where(seen_adapters(connection), seen_versions(connection), versions.c.run.is_not(None))
+    return own & or_(jobs.c.id.in_(made), *(_has_base(jobs.c.recipe, each) for each in access.bases))
+
+
+def _has_base(recipe: ColumnElement[str], pattern: str) -> ColumnElement[bool]:
+    """A recipe, as `Recipe.to_toml` writes it, has a base that matches the pattern, byte by byte."""
+    line = f"\nbase = {json.dumps(pattern)}\n"
+    return func.replace(recipe, line.replace('*"\n', ""), "") != recipe
 
 
 def _like(column: ColumnElement[str], patterns: Iterable[str]) -> ColumnElement[bool]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hmac
 import itertools
 import sqlite3
+import threading
 
 import pytest
 
 from turret.errors import BadReference, Forbidden, InUse, NotFound, ServeRefused, Unauthorized
 from turret.server.auth import Guard, is_loopback
 from turret.store import Store
-from turret.store.access_tokens import PREFIX, SCOPES, hash_secret, token_with_secret
+from turret.store.access_tokens import PREFIX, SCOPES, AccessTokens, hash_secret, token_with_secret
 
 CLASSIFY = {"model": "a", "input": "x"}
 
@@ -149,6 +150,32 @@ def test_a_load_that_takes_its_time_does_not_hold_up_a_token_that_is_revoked(ser
     workspace.tokens.revoke("reader")
     client = running.client(secret)
     until(lambda: client.get("/v1/models").status_code == 401, seconds=1.5)
+
+
+def test_a_reading_of_tokens_that_is_late_does_not_bring_back_a_revoked_one(serve, workspace, monkeypatch) -> None:
+    _, boss = workspace.tokens.create("boss", ["admin"])
+    _, secret = workspace.tokens.create("reader")
+    served = serve().served
+    all_tokens, has_read, may_go_on = AccessTokens.of_all_tenants, threading.Event(), threading.Event()
+
+    def slow_reading(tokens):
+        found = all_tokens(tokens)
+        if threading.current_thread().name == "late":
+            has_read.set()
+            may_go_on.wait(0.5)  # under a lock, the other reading cannot let it go on
+        return found
+
+    monkeypatch.setattr(AccessTokens, "of_all_tenants", slow_reading)
+    late = threading.Thread(target=served.read_tokens, name="late")
+    late.start()
+    assert has_read.wait(10)
+    workspace.tokens.revoke("reader")
+    served.read_tokens()
+    may_go_on.set()
+    late.join()
+    assert served.guard.authorize("/api/status", f"Bearer {boss}", None).name == "boss"
+    with pytest.raises(Unauthorized):
+        served.guard.authorize("/v1/models", f"Bearer {secret}", None)
 
 
 def test_a_first_token_closes_the_door_of_a_server_that_runs(serve, workspace, until) -> None:

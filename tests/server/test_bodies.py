@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -174,7 +175,22 @@ def test_as_many_as_the_limits_say_are_taken_and_one_more_is_not(serve, put) -> 
     assert client.post("/v1/classify", json=more).status_code == 400
     got = client.post("/v1/classify", json={**more, "c": 3})
     assert (got.status_code, got.json()["error"]["code"]) == (413, "too_large")
-    assert got.json()["error"]["message"] == "the body has more than 4 keys: send the inputs in several requests"
+    assert got.json()["error"]["message"] == "the body has more than 4 keys: send what it asks in several requests"
+
+
+def test_a_number_that_no_float_holds_is_400_wherever_it_is(serve, put) -> None:
+    put()
+    client = serve().client()
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"maximum": math.inf}}}
+    asked = {"model": "a", "messages": [{"role": "user", "content": "x"}], "tools": [tool]}
+    for path, body in (
+        ("/v1/chat/completions", json.dumps(asked).replace("Infinity", "1e400")),
+        ("/v1/responses", '{"model": "a", "input": "x", "metadata": {"a": [-1e400]}}'),
+        ("/v1/classify", '{"model": "a", "input": "x", "user": 1e400}'),
+    ):
+        got = client.post(path, content=body, headers={"content-type": "application/json"})
+        assert (got.status_code, "no float holds" in got.json()["error"]["message"]) == (400, True), got.text
+    assert client.post("/v1/classify", json={"model": "a", "input": "1e400"}).status_code == 200
 
 
 JSON = st.recursive(

@@ -597,7 +597,11 @@ def test_400_questions_to_400_adapters_are_answered_and_one_more_is_refused(serv
     assert refused.status_code == 400
     assert "400" in refused.json()["error"]["message"]
     many = [choice("a1", *map(str, range(255))) for _ in range(400)]
-    assert ask(client, *many, model="wide").status_code == 413
+    refused = ask(client, *many, model="wide")
+    assert refused.status_code == 413
+    assert (
+        refused.json()["error"]["message"] == "the body has more than 4096 keys: send what it asks in several requests"
+    )
 
 
 def test_a_client_that_leaves_frees_every_adapter(serve, versions, until) -> None:

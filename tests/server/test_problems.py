@@ -32,6 +32,27 @@ def test_the_statuses_that_clients_rely_on() -> None:
     assert error_response(errors.Busy("x", 7.2)).headers["retry-after"] == "8"
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "where", "param"),
+    [
+        ("/api/outcomes", {"value": 1e20, "receipt": "x"}, "value: ", "value"),
+        ("/api/outcomes", [{"value": 1, "receipt": "x"}] * 3 + [{"value": 1e20, "receipt": "x"}], "3.value: ", "3"),
+        ("/api/outcomes", {"value": 1}, "receipt: ", "receipt"),
+        ("/v1/decisions", {"model": "a", "input": "x", "questions": [{"type": "predicate"}]},
+         "questions.0.instructions: ", "questions"),
+        ("/v1/systemone", {"model": "a", "state": "x", "questions": {"Is it?": {"type": "noul", "criteria": {"a": 3}}}},
+         "questions.criteria.a: ", "questions"),
+        ("/v1/classify", {"model": "a", "input": "x", "OutcomeOfUnit": 1}, "OutcomeOfUnit: unknown", "OutcomeOfUnit"),
+    ],
+)  # fmt: skip
+def test_a_body_that_does_not_fit_is_told_by_the_keys_that_were_sent(serve, put, path, body, where, param) -> None:
+    put()
+    got = serve().client().post(path, json=body)
+    error = got.json()["error"]
+    assert (got.status_code, error["param"]) == (400, param), error
+    assert error["message"].startswith(where)
+
+
 def test_a_bug_is_told_in_no_words_of_its_own() -> None:
     told = error_response(ValueError("the text was: my secret"))
     assert (told.status, code_of(ValueError("x"))) == (500, "internal_error")

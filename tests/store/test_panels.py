@@ -12,6 +12,7 @@ from turret import audit
 from turret.access import Access
 from turret.errors import AdapterError, BadArgument, BadReference, DataError, InUse, NotFound, TurretError
 from turret.store import Panel, Question, Store
+from turret.store.panels import PanelMove
 
 TOPIC = {"kind": "classify", "labels": ["bill", "bug", "other"]}
 SIDES = {"kind": "classify", "labels": ["yes", "no"]}
@@ -275,3 +276,41 @@ def test_json_has_everything_that_was_given(folder_store, put) -> None:
         }
     ]
     assert (found["panel"], found["production"]) == ("tickets@1", False)
+
+
+def test_a_token_limited_to_a_base_moves_a_panel_among_versions_that_it_sees(store, put) -> None:
+    for base in ("echo", "other"):
+        put("topic", said={"task": TOPIC, "base": {"id": base, "fingerprint": f"sha256:{base}"}})
+    for threshold, number in ((0.5, 1), (0.5, 2), (0.6, 1)):
+        store.panels.create("p", [Question("q", f"topic@{number}", threshold=threshold)])
+    limited = store.with_access(Access(bases=("echo",))).panels
+    assert [str(each) for each in limited.list()] == ["p@1", "p@3"]
+    for number in (1, 2):
+        store.panels.promote(f"p@{number}")
+    for missing in (2, 9):
+        with pytest.raises(NotFound, match=f"^no panel 'p@{missing}': it has '1', '3'$"):
+            limited.promote(f"p@{missing}")
+    assert (limited.find("p@production"), str(limited.show("p"))) == (None, "p@3")
+    assert limited.promote("p@3") == PanelMove("p@3", None, changed=True)
+    assert limited.rollback("p") == PanelMove("p@1", "p@3", changed=True)
+    assert [each["number"] for each in limited.moves("p")] == [1, 3, 1]
+    store.panels.promote("p@2")
+    assert limited.rollback("p") == PanelMove("p@1", None, changed=True)
+    with pytest.raises(NotFound, match="nothing to roll back to: p@1 was the first"):
+        limited.rollback("p")
+
+
+def test_a_token_limited_to_adapters_rolls_a_panel_back_past_versions_that_it_does_not_see(store, known) -> None:
+    for number, name in enumerate(("topic", "urgent", "topic"), start=1):
+        store.panels.create("t-panel", [Question("q", f"{name}@1", threshold=number / 10)])
+        store.panels.promote(f"t-panel@{number}")
+    limited = store.with_access(Access(adapters=("t*",))).panels
+    assert limited.rollback("t-panel") == PanelMove("t-panel@1", "t-panel@3", changed=True)
+
+
+def test_a_token_limited_to_adapters_reads_no_questions_of_a_panel_that_shares_a_name(store, known, put) -> None:
+    store.panels.create("t-one", {"q": "urgent"})
+    put("t-one")
+    with store.with_access(Access(adapters=("t-*",))).database().reading() as connection:
+        assert [each.what for each in audit.read_actions(connection)] == ["t-one@1"]
+        assert [each.verb for each in audit.read_actions(connection)] == ["put"]

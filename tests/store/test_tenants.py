@@ -8,11 +8,14 @@ import pytest
 from store.bundles import tensors
 
 from turret.access import NOBODY, Access, acting, acting_name, check_patterns, check_tenant, tenant_access
+from turret.audit import read_actions
 from turret.database import SCHEMA
 from turret.errors import BadReference, ExperimentError, InUse, NotFound
 from turret.experiments import Guards
 from turret.store import Store
 from turret.store.access_tokens import token_with_secret
+from turret.store.jobs import JobQueue
+from turret.store.usage import BASE, UsageLog, read_usage
 from turret.workspace import Workspace
 from turret.workspace.serving import StoreSource
 
@@ -184,6 +187,65 @@ def test_who_sees_one_base_sees_no_experiment_of_versions_on_another(store: Stor
                 mine.experiment("news").ramp(0.5)
         whole.experiment("news").stop()
     assert [len(each.experiments()) for each in (whole, mine, theirs)] == [3, 1, 1]
+
+
+@pytest.fixture
+def mixed(store: Store, put) -> Store:
+    """Two bases: `mixed` has versions on both, `own` on one; each has an action of its name as a whole."""
+    for name, base in (("mixed", "mine"), ("mixed", "theirs"), ("own", "mine"), ("own", "mine")):
+        put(name, said={"base": {"id": base, "fingerprint": "sha256:x"}})
+    for reference in ("mixed@1", "mixed@2", "own@1", "own@2"):
+        store.promote(reference, "production")
+    return store
+
+
+def actions_of(store: Store) -> list[str]:
+    with store.database().reading() as connection:
+        return [each.what for each in read_actions(connection)][::-1]
+
+
+def test_who_sees_one_base_sees_actions_on_a_name_only_with_all_its_versions(mixed: Store) -> None:
+    mine = mixed.with_access(Access(bases=("mine",)))
+    assert actions_of(mine) == ["mixed@1", "own@1", "own@2", "own@production", "own@production"]
+    mixed.delete("own@1")
+    assert actions_of(mine) == ["mixed@1", "own@2"], "nothing tells the base of a version that was deleted"
+    assert len(actions_of(mixed.with_access(Access(adapters=("own",))))) == 5
+
+
+def test_who_sees_one_base_sees_the_usage_of_a_name_only_with_all_its_versions(mixed: Store) -> None:
+    log = UsageLog(mixed.database())
+    for name in ("mixed", "own", BASE):
+        log.add("default", name, 1, 2, 3)
+    log.flush()
+    limited = (Access(bases=("mine",)), Access(bases=("theirs",)), Access(adapters=("mixed",)))
+    used = [[each.adapter for each in read_usage(mixed.with_access(access).database())] for access in limited]
+    assert used == [["own"], [], ["", "mixed"]]
+
+
+def test_who_sees_one_base_moves_an_alias_as_if_it_never_named_a_version_on_another(mixed: Store, put) -> None:
+    mine = mixed.with_access(Access(bases=("mine",)))
+    assert str(mine.resolve("mixed")) == "mixed@1"
+    assert message(lambda: mine.resolve("mixed@production")) == "no mixed@production: mixed has version 1 and no alias"
+    mixed.promote("mixed@2", "hidden")
+    hidden = message(lambda: mine.rollback("mixed", "hidden"))
+    assert hidden.replace("hidden", "none") == message(lambda: mine.rollback("mixed", "none"))
+    put("mixed", said={"base": {"id": "mine", "fingerprint": "sha256:x"}})
+    assert mine.promote("mixed@3", "production").before is None
+    assert mine.rollback("mixed").version == "mixed@1"
+
+
+def test_who_sees_one_base_sees_trainings_on_it_alone(mixed: Store) -> None:
+    mine, queue = mixed.with_access(Access(bases=("mi*",))), JobQueue.of(mixed)
+    runs = {
+        base: queue.submit(name, f'name = "{name}"\nbase = "{base}"\n\n[data]\n', priority=0)
+        for name, base in (("mixed", "mine"), ("own", "theirs"), ("new", "minor"), ("mixed", "Mine"))
+    }
+    seen = {runs["mine"], runs["minor"]}
+    assert {run["id"] for run in mine.runs()} == {each.id for each in JobQueue.of(mine).open_jobs(9)} == seen
+    assert sorted(filter(None, map(JobQueue.of(mine).place, runs.values()))) == [(1, 2), (2, 2)]
+    for base in ("theirs", "Mine"):
+        missing = message(lambda: JobQueue.of(mine).cancel("none"))
+        assert message(partial(JobQueue.of(mine).cancel, runs[base])) == missing.replace("none", runs[base])
 
 
 def test_tokens_belong_to_a_tenant_and_keep_what_they_are_bound_to(store: Store) -> None:

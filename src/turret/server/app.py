@@ -153,7 +153,7 @@ def routes(services: Services) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_request(request: Request, error: RequestValidationError) -> Response:
-        return _encode_error(validation_response(error.errors()))
+        return _encode_error(validation_response(error.errors(), error.body))
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:

@@ -6,6 +6,7 @@ reference is looked up here.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -159,12 +160,11 @@ class SeenEngines:
     def sees(self, reference: str) -> bool:
         """Whether an adapter of this name may be seen; of the empty name, whether all bases may be. May read the store.
 
-        An access that sees only some of the bases sees a name only if it finds its version in the store.
+        An access with limited bases sees a name only if it finds its version in the store, and no experiment `name#1`.
         """
-        seen = self.askable
-        if not seen or (reference and not self._sees_names(reference)):
-            return False
-        return len(seen) == len(self._engines.bases) or (bool(reference) and self._finds(reference))
+        if not reference:
+            return len(self.askable) == len(self._engines.bases)
+        return self._sees_names(reference) and ("*" in self.access.bases or self._finds(reference))
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -254,7 +254,7 @@ class SeenEngines:
         return replace(stats, versions=versions, waiting_adapters=waiting)
 
     def _sees_names(self, reference: str) -> bool:
-        return all(self.access.sees(part.partition("@")[0]) for part in reference.split("+"))
+        return all(self.access.sees(re.split("[@#]", part)[0]) for part in reference.split("+"))
 
     def _finds(self, reference: str) -> bool:
         try:
@@ -297,5 +297,7 @@ class SeenEngines:
         return found
 
     def _within(self, reference: str) -> str:
-        """The reference, or the composition, as an engine takes it."""
+        """The reference, or the composition, as an engine takes it; limited bases mean exact versions."""
+        if "*" not in self.access.bases:
+            reference = "+".join(str(self._resolve(part)) for part in parts_of(reference))
         return f"{self._tenant}/{reference}" if self._tenant else reference

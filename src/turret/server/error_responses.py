@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from turret import errors
 from turret.errors import TurretError
-from turret.json_types import JsonObject
+from turret.json_types import JsonObject, Plain, mapping_of
 
 # The row of the nearest base class applies.
 _BY_STATUS: tuple[tuple[int, tuple[type[BaseException], ...]], ...] = (
@@ -96,19 +96,37 @@ class Problem(TypedDict, total=False):
     msg: str
 
 
-def validation_response(problems: Sequence[Problem]) -> ErrorResponse:
+def validation_response(problems: Sequence[Problem], sent: Plain = None) -> ErrorResponse:
     """The response to a request that does not fit its schema.
 
-    It says where and what was expected, and never repeats a value of the request. problems: Pydantic's.
+    It says where and what was expected, and never repeats a value of the request.
+
+    Args:
+        problems: Pydantic's.
+        sent: the body, whose keys tell a place in it from the name of a member of a union.
     """
     # If a value fits no member of a union, the problem of the member with the right type says more.
     default: Problem = problems[0] if problems else {}
     first = next((each for each in problems if not str(each.get("type")).endswith("_type")), default)
-    path = [str(part)[:60] for part in first.get("loc", ()) if isinstance(part, int) or _KEY.fullmatch(part)]
-    where = path[1:] if path[:1] in (["body"], ["query"], ["path"]) else path
+    source, *rest = first.get("loc") or ("",)
+    place = rest if source in ("", "body", "query", "path") else [source, *rest]
+    if source == "body" and sent is not None:
+        place = list(_sent_place(place, sent, missing=first.get("type") == "missing"))
+    where = [str(part)[:60] for part in place if isinstance(part, int) or _KEY.fullmatch(part)]
     text = "unknown key" if first.get("type") == "extra_forbidden" else str(first.get("msg", "cannot be read"))
     message = f"{'.'.join(where[:4])}: {text}" if where else text
     return _response(400, message, "bad_request", where[0] if where else None)
+
+
+def _sent_place(place: Sequence[int | str], sent: Plain, *, missing: bool) -> Iterator[int | str]:
+    """The keys and numbers of a place that the body has, and the last one if it is missing there."""
+    for number, part in enumerate(place):
+        inner: dict[int | str, Plain] = dict(enumerate(sent) if isinstance(sent, list) else mapping_of(sent).items())
+        if part in inner:
+            yield part
+            sent = inner[part]
+        elif missing and number == len(place) - 1:
+            yield part
 
 
 @contextmanager

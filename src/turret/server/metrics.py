@@ -17,7 +17,7 @@ from collections import Counter as Counts
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -245,6 +245,7 @@ class Metrics:
             operates: Whether the reader operates the server. Others get the series of adapters alone.
         """
         seen = CollectorRegistry(auto_describe=False)
+        sees = cache(sees)  # it may read the store
         seen.register(_Seen(self._registry, sees, self._replica, operates=operates))
         if operates:
             seen.register(_Seen(self._totals.registry, sees, self._replica, operates=True))
@@ -306,7 +307,7 @@ class _Seen(Collector):
             yield metric
 
     def _is_seen(self, labels: Mapping[str, str]) -> bool:
-        names = [labels[key].partition("#")[0] for key in ("adapter", "experiment") if key in labels]
+        names = [labels[key] for key in ("adapter", "experiment") if key in labels]
         if not names:
             return self._operates
         return all(self._sees("" if name in NO_ADAPTER else name) for name in names)

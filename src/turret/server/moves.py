@@ -117,7 +117,11 @@ class Alias(BaseModel):
 
 async def list_here(view: View, name: str | None = None) -> list[Alias]:
     """Every alias, or those of one adapter."""
-    _, found = await view.control(view.workspace.store.pointing)
+    return await view.control(_list_here, view, name)
+
+
+def _list_here(view: View, name: str | None) -> list[Alias]:
+    _, found = view.workspace.store.pointing()
     return [
         Alias(
             name=each.name,
@@ -133,7 +137,7 @@ async def list_here(view: View, name: str | None = None) -> list[Alias]:
 
 
 def serving(view: View, name: str, alias: str) -> str | None:
-    """The version that an alias means on this server now."""
+    """The version that an alias means on this server now. May read the store."""
     number = view.aliases.version_of(name, alias)
     return None if number is None else f"{name}@{number}"
 
@@ -154,7 +158,8 @@ async def move_alias(
     """
     _check_gates(require)
     exact = str(await view.control(view.workspace.resolve, reference))
-    if alias == view.services.settings.alias or view.aliases.version_of(exact.partition("@")[0], alias):
+    name = exact.partition("@")[0]
+    if alias == view.services.settings.alias or await view.control(serving, view, name, alias) is not None:
         await view.control(view.engines.warm, exact)
     move = await _promote_version(view, exact, alias, require, replay)
     await view.control(view.refresh)

@@ -550,7 +550,7 @@ def _submit(asker: Asker, asked: _Asked, model: str) -> Submission:
     if not is_base and not view.access.whole:
         for part in model.split("+"):  # several, if adapters are composed
             view.workspace.resolve(part)  # raises NotFound before an experiment of its tenant answers
-    placement = None if is_base else view.routing.place(model, asked.unit, request.state.request_id)
+    placement = None if is_base else view.routing.place(model, asked.unit, request.state.request_id, view.engines.sees)
     arm = None if placement is None else placement.assignment
     if placement is not None:  # the response to an error names the arm too
         request.state.receipt = placement.headers | ({} if arm is None else _version_headers(arm.version))

@@ -5,6 +5,7 @@ Also asks a route in this process, for batches and for pages.
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Coroutine, Sequence
@@ -263,10 +264,20 @@ def parse_body(content: bytes, field: BodyField, limits: RequestLimits) -> Body:
         value = from_json(content, allow_inf_nan=False)
     except ValueError as error:
         raise HTTPException(400, f"the body is not JSON: {error}") from None
+    if _overflows(value):
+        raise HTTPException(400, "the body has a number that no float holds, such as 1e400: give a smaller one")
     body, errors = field.validate(value, {}, loc=("body",))
     if errors:
-        raise RequestValidationError(errors)
+        raise RequestValidationError(errors, body=value)
     return body
+
+
+def _overflows(value: Plain) -> bool:
+    """Whether a number in a value of JSON was too large, so that it was read as infinity."""
+    if isinstance(value, float):
+        return math.isinf(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(map(_overflows, inner))
 
 
 def check_counts(content: bytes, limits: RequestLimits) -> None:
@@ -279,7 +290,7 @@ def check_counts(content: bytes, limits: RequestLimits) -> None:
         ("values", _values(outside), limits.body_values),
     ):
         if count > limit:
-            raise TooLarge(f"the body has more than {limit} {name}: send the inputs in several requests")
+            raise TooLarge(f"the body has more than {limit} {name}: send what it asks in several requests")
 
 
 def _keys(text: bytes) -> int:
@@ -295,7 +306,7 @@ def _outside_strings(content: bytes, limit: int) -> bytes:
     """The body without its strings. limit: of strings, checked before the body is split at them."""
     plain = content.replace(b"\\\\", b"").replace(b'\\"', b"")
     if plain.count(b'"') > 2 * limit:
-        raise TooLarge(f"the body has more than {limit} strings: send the inputs in several requests")
+        raise TooLarge(f"the body has more than {limit} strings: send what it asks in several requests")
     return b"".join(plain.split(b'"')[::2])
 
 

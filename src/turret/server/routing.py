@@ -72,13 +72,18 @@ class AliasWatcher:
         self._to_load: list[str] = []
         self._lock = threading.Lock()
         self._in_force: dict[Key, Pointing] = {}
-        self.failed_moves: dict[Key, FailedMove] = {}
+        self._failed: dict[Key, FailedMove] = {}
         self.failures = 0
 
     @property
     def ready(self) -> bool:
         """Whether the store was read and every version to load in advance was loaded, or failed to load."""
         return self._move is not None and not self._to_load
+
+    @property
+    def failed_moves(self) -> Mapping[Key, FailedMove]:
+        """The moves that this server could not follow."""
+        return self._failed
 
     def version_of(self, name: str, alias: str | None) -> int | None:
         """The version in force; None if this server does not follow the alias."""
@@ -102,7 +107,7 @@ class AliasWatcher:
     def with_alias(self, reference: str) -> str:
         """`sentiment` -> `sentiment@production`, if this server follows that alias; else the reference unchanged."""
         parts = [
-            f"{each}@{self.alias}" if (each, self.alias) in self._in_force else each for each in reference.split("+")
+            each if self.version_of(each, None) is None else f"{each}@{self.alias}" for each in reference.split("+")
         ]
         return "+".join(parts)
 
@@ -126,10 +131,10 @@ class AliasWatcher:
         self._stored = {(each.name, each.alias): each for each in found}
         for key in self._in_force.keys() - self._stored.keys():
             del self._in_force[key]
-            self.failed_moves.pop(key, None)
+            self._failed.pop(key, None)
         for key, each in self._stored.items():
             if self._digest(key) == each.digest:
-                self.failed_moves.pop(key, None)
+                self._failed.pop(key, None)
                 continue
             try:
                 self._follow(key, each, first=first)
@@ -140,7 +145,7 @@ class AliasWatcher:
 
     def _retry_due(self) -> bool:
         now = self._clock()
-        return any(each.retry_at <= now for each in self.failed_moves.values())
+        return any(each.retry_at <= now for each in self._failed.values())
 
     def _digest(self, key: Key) -> str | None:
         found = self._in_force.get(key)
@@ -164,11 +169,11 @@ class AliasWatcher:
                     return
                 self.failures += 1
         self._in_force[key] = new
-        self.failed_moves.pop(key, None)
+        self._failed.pop(key, None)
 
     def _fail(self, key: Key, version: str, problem: str) -> None:
         self.failures += 1
-        self.failed_moves[key] = FailedMove(version, problem, self._clock() + RETRY_SECONDS)
+        self._failed[key] = FailedMove(version, problem, self._clock() + RETRY_SECONDS)
 
     def _load_ahead(self, until: float) -> None:
         while self._to_load and self._clock() < until:
@@ -179,6 +184,33 @@ class AliasWatcher:
             except errors.TurretError:
                 self.failures += 1  # a request for the version gets the error
             self._to_load.pop(0)
+
+
+class SeenAliases(AliasWatcher):
+    """The aliases of a tenant, as one access sees them: one that names an unseen version names none. Reads the store.
+
+    Args:
+        whole: Follows the store.
+        engines: As the access sees them.
+    """
+
+    def __init__(self, whole: AliasWatcher, engines: SeenEngines) -> None:
+        self._whole, self._engines, self.alias = whole, engines, whole.alias
+
+    @property
+    def ready(self) -> bool:
+        return self._whole.ready
+
+    @property
+    def failed_moves(self) -> Mapping[Key, FailedMove]:
+        return {key: each for key, each in self._whole.failed_moves.items() if self._engines.sees(each.version)}
+
+    def version_of(self, name: str, alias: str | None) -> int | None:
+        number = self._whole.version_of(name, alias)
+        return number if number is not None and self._engines.sees(f"{name}@{number}") else None
+
+    def poll(self, seconds: float = 0.5, mark: Mark | None = None) -> None:
+        self._whole.poll(seconds, mark)
 
 
 # --- experiments ------------------------------------------------------------------------------------------------------
@@ -236,17 +268,20 @@ class Routing:
 
     # --- a request ----------------------------------------------------------------------------------------------------
 
-    def place(self, reference: str, unit: str | None, request: str) -> Placement | None:
+    def place(self, reference: str, unit: str | None, request: str, sees: Callable[[str], bool]) -> Placement | None:
         """The arm of a request; None if no running experiment covers the reference.
 
         Args:
             unit: As the client names it.
             request: The request's id, which is the unit of an experiment that counts requests.
+            sees: Whether the caller sees a version. One that does not see all arms is outside the experiment.
         """
         if self._in_force is not None and not self._in_force:
             return None  # no experiment answers here
         experiment = self._covering(reference)
         if experiment is None or not self._is_in_force(experiment):
+            return None
+        if not all(sees(experiment.reference(arm)) for arm in experiment.arms):
             return None
         control_only = not any(arm.live for arm in experiment.candidates)  # then every unit sees the control
         key = request if experiment.unit == "request" else unit or (request if control_only else None)

@@ -35,7 +35,7 @@ from turret.server.live_promises import AlarmSender, AlarmSettings, InputSampler
 from turret.server.logs import Log
 from turret.server.metrics import MOST_VERSIONS, Figures, Metrics, TenantTotals
 from turret.server.oidc import Oidc, OidcSettings
-from turret.server.routing import LOW_PRIORITY, AliasWatcher, Routing, Shadows
+from turret.server.routing import LOW_PRIORITY, AliasWatcher, Routing, SeenAliases, Shadows
 from turret.store import leases
 from turret.store.access_tokens import SessionRows
 from turret.store.batches import Batches
@@ -317,7 +317,7 @@ class Services:
         }
         # Anybody may come back from a provider, and it may be slow.
         self.signing_in = ThreadPool("sign-in", 4, MOST_SIGN_INS, "sign-ins wait for the provider", 5)
-        self._tenants_lock, self._guard_lock = threading.Lock(), threading.Lock()
+        self._tenants_lock, self._token_lock, self._guard_lock = (threading.Lock() for _ in range(3))
         self.tenants: dict[str, View] = {}  # each as an access that sees all of it
         self._totals = TenantTotals()
         self.view: Callable[[Access], View] = lru_cache(MOST_VIEWS)(self._view)  # the server as an access sees it
@@ -340,7 +340,8 @@ class Services:
             return replace(whole, access=access)
         workspace = whole.workspace.with_access(access)
         engines = SeenEngines(self.engines, workspace.resolve, access, self._home.store.access.tenant)
-        return replace(whole, access=access, workspace=workspace, engines=engines)
+        aliases = SeenAliases(whole.aliases, engines)
+        return replace(whole, access=access, workspace=workspace, engines=engines, aliases=aliases)
 
     def _open_tenant(self, name: str) -> View:
         home = self._home.store.access.tenant
@@ -387,7 +388,8 @@ class Services:
 
     def read_tokens(self) -> None:
         """Follow tokens once."""
-        self.guard.set_tokens(self._home.tokens.of_all_tenants())
+        with self._token_lock:  # or an older reading could bring back what was revoked since
+            self.guard.set_tokens(self._home.tokens.of_all_tenants())
         self._open_tenants()
 
     def _all_tenants(self) -> Sequence[View]:

@@ -51,7 +51,7 @@ def move_alias(connection: Connection, version: Version, alias: str) -> Move:
     """Move an alias to a version."""
     adapter_id, version_id = catalog.adapter_of(connection, version.name), catalog.row_of(connection, version)
     current = catalog.pointed_at(connection, adapter_id, alias)
-    before = _version_reference(connection, version.name, current)
+    before = _seen_reference(connection, version.name, current)
     if current == version_id:
         return Move(version.name, alias, str(version), before, changed=False)
     last = _latest(connection, adapter_id, alias)
@@ -62,7 +62,7 @@ def move_alias(connection: Connection, version: Version, alias: str) -> Move:
 def rollback(connection: Connection, name: str, alias: str) -> Move:
     """Move an alias back to the version it named before; raises NotFound if there is none."""
     adapter_id = catalog.adapter_of(connection, name)
-    before = _version_reference(connection, name, catalog.pointed_at(connection, adapter_id, alias))
+    before = _seen_reference(connection, name, catalog.pointed_at(connection, adapter_id, alias))
     target, skipped = _rollback_target(connection, name, alias)
     _move(connection, adapter_id, alias, "rollback", target.version_id, target.number, target.before)
     return Move(name, alias, f"{name}@{target.number}", before, changed=True, skipped=skipped)
@@ -74,20 +74,21 @@ def back_from(connection: Connection, name: str, alias: str) -> int:
 
 
 def _rollback_target(connection: Connection, name: str, alias: str) -> tuple[_Past, tuple[str, ...]]:
-    """The move that a rollback returns to, and the versions in between that were deleted since."""
+    """The move that a rollback returns to, past unseen versions, and those in between that were deleted since."""
     adapter_id = catalog.adapter_of(connection, name)
     last, current = _latest(connection, adapter_id, alias), catalog.pointed_at(connection, adapter_id, alias)
-    if last is None:
-        raise NotFound(f"no {name}@{alias} to roll back: {name} has {catalog.summary(connection, adapter_id)}")
     skipped: list[str] = []
     earlier = last
-    while earlier.before is not None:
+    while earlier is not None and earlier.before is not None:
         earlier = _past(connection, earlier.before)
         if earlier.version_id is None:
             skipped += [f"{name}@{earlier.number}"] if earlier.number is not None else []
-        elif earlier.version_id != current:
+        elif earlier.version_id != current and _seen_reference(connection, name, earlier.version_id) is not None:
             return earlier, tuple(skipped)
-    where = "was removed" if current is None else f"names {_version_reference(connection, name, current)}"
+    named = _seen_reference(connection, name, current)
+    if named is None and not skipped:
+        raise NotFound(f"no {name}@{alias} to roll back: {name} has {catalog.summary(connection, adapter_id)}")
+    where = "was removed" if named is None else f"names {named}"
     gone = f" but versions deleted since ({', '.join(skipped)})" if skipped else ""
     raise NotFound(
         f"nothing to roll back to: {name}@{alias} {where} and named nothing before{gone}: "
@@ -234,6 +235,13 @@ def _latest(connection: Connection, adapter_id: int, alias: str) -> _Past | None
 
 def _past(connection: Connection, row: int) -> _Past:
     return connection.execute(_PAST.where(alias_history.c.id == row)).one()
+
+
+def _seen_reference(connection: Connection, name: str, version_id: int | None) -> str | None:
+    """As `_version_reference`; None for a version that may not be seen."""
+    query = select(versions.c.number).where(versions.c.id == version_id, seen_versions(connection))
+    number = connection.execute(query).scalar()
+    return None if number is None else f"{name}@{number}"
 
 
 def _version_reference(connection: Connection, name: str, version_id: int | None) -> str | None:

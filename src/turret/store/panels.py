@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from sqlalchemy import Connection, Row, RowMapping, Select, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, RowMapping, Select, func, insert, select, update
 
 from turret import audit
 from turret.database import (
@@ -124,7 +124,8 @@ class PanelMove(AsJson):
 class Panels:
     """The panels of a store, as one access sees them.
 
-    A token with limits sees a panel only if it sees every adapter of all its questions.
+    A token with limits sees a version of a panel only if it sees every adapter of all its questions; with limited
+    bases, only if it sees the versions that these mean now.
 
     Args:
         found: the catalog; None if the store does not exist.
@@ -161,8 +162,7 @@ class Panels:
         if database is None:
             return []
         with database.reading() as connection:
-            rows = connection.execute(_rows(connection).order_by(panels.c.name, panel_versions.c.number)).mappings()
-            return [found for row in rows if (found := _seen_panel(connection, _panel(row))) is not None]
+            return _list(connection)
 
     def show(self, reference: str) -> Panel:
         """The version that a reference means now: `tickets`, `tickets@2` or `tickets@production`. Raises NotFound."""
@@ -228,7 +228,10 @@ class Panels:
             return _promote(connection, panel)
 
     def rollback(self, name: str) -> PanelMove:
-        """Go back to the version that was promoted before. Repeated rollbacks go further back. Raises NotFound."""
+        """Go back to the version that was promoted before. Repeated rollbacks go further back, past unseen versions.
+
+        Raises NotFound.
+        """
         panel = self.show(check_name(name))
         with self._made().writing() as connection:
             return _rollback(connection, panel.name)
@@ -238,6 +241,7 @@ class Panels:
         panel = self.show(check_name(name))
         with self._made().reading() as connection:
             query = select(panel_moves).where(panel_moves.c.panel_id == _row(connection, panel.name).id)
+            query = query.where(panel_moves.c.number.in_(_seen_numbers(connection, panel.name)))
             rows = connection.execute(query.order_by(panel_moves.c.id)).mappings()
             return [{key: row[key] for key in ("verb", "number", "moved", "who")} for row in rows]
 
@@ -362,19 +366,38 @@ def _find(connection: Connection, reference: Reference) -> Panel | None:
         meant = panels.c.production.is_(None) | (panel_versions.c.number == panels.c.production)
         query = query.where(meant).order_by(panel_versions.c.number.desc()).limit(1)
     row = connection.execute(query).mappings().first()
-    return None if row is None else _seen_panel(connection, _panel(row))
+    if row is None or _sees(connection, panel := _panel(row)):
+        return None if row is None else panel
+    plain = str(reference) == reference.name
+    return next(reversed(_list(connection, panels.c.name == reference.name)), None) if plain else None
 
 
-def _seen_panel(connection: Connection, panel: Panel) -> Panel | None:
-    """The panel, if its name and all its adapters may be seen."""
+def _list(connection: Connection, *conditions: ColumnElement[bool]) -> list[Panel]:
+    """The versions that may be seen, by name and number."""
+    query = _rows(connection).where(*conditions).order_by(panels.c.name, panel_versions.c.number)
+    every = [_panel(row) for row in connection.execute(query).mappings().all()]
+    return [each for each in every if _sees(connection, each)]
+
+
+def _seen_numbers(connection: Connection, name: str) -> set[int]:
+    return {each.number for each in _list(connection, panels.c.name == name)}
+
+
+def _sees(connection: Connection, panel: Panel) -> bool:
+    """Whether the panel's name and all its adapters may be seen; with limited bases, the versions that it asks now."""
     access = access_of(connection)
     if access.whole:
-        return panel
+        return True
     if not access.sees(panel.name):
-        return None
+        return False
+    if "*" not in access.bases:
+        try:
+            return all(catalog.find(connection, Reference.parse(each.adapter)) for each in panel.questions)
+        except NotFound:
+            return False
     names = {each.adapter.partition("@")[0] for each in panel.questions}
     query = select(adapters.c.name).where(adapters.c.name.in_(names), seen_adapters(connection))
-    return panel if names == set(connection.execute(query).scalars()) else None
+    return names == set(connection.execute(query).scalars())
 
 
 def _require_own_name(connection: Connection, name: str) -> None:
@@ -392,7 +415,7 @@ def _require_own_name(connection: Connection, name: str) -> None:
         unseen = select(adapters.c.id).where(named, ~seen_adapters(connection))
         versions = connection.execute(_rows(connection).where(panels.c.name == name)).mappings()
         own = connection.execute(unseen).first() is None
-        own = own and all(_seen_panel(connection, _panel(row)) is not None for row in versions.all())
+        own = own and all(_sees(connection, _panel(row)) for row in versions.all())
     if not own:
         raise NotFound(
             f"no panel {ascii(name)[:60]} that you may make: choose another name, of {quote_all(access.adapters, 120)}"
@@ -410,9 +433,8 @@ def _create(connection: Connection, name: str, questions: Sequence[Question]) ->
         panel_id, last = insert_row(connection, panels, first), 0
     else:
         panel_id, last = known.id, known.last_number
-    for row in connection.execute(_rows(connection).where(panels.c.name == name)).mappings():
-        same = _seen_panel(connection, _panel(row))
-        if same is not None and same.questions == tuple(questions):
+    for same in _list(connection, panels.c.name == name):
+        if same.questions == tuple(questions):
             return same
     content = [each.as_json() for each in questions]
     values = {"panel_id": panel_id, "number": last + 1, "questions": content, "created": at, "who": who()}
@@ -425,7 +447,7 @@ def _create(connection: Connection, name: str, questions: Sequence[Question]) ->
 
 def _promote(connection: Connection, panel: Panel) -> PanelMove:
     row = _row(connection, panel.name)
-    before = None if row.production is None else f"{panel.name}@{row.production}"
+    before = f"{panel.name}@{row.production}" if row.production in _seen_numbers(connection, panel.name) else None
     if row.production == panel.number:
         return PanelMove(str(panel), before, changed=False)
     last = connection.execute(select(func.max(panel_moves.c.id)).where(panel_moves.c.panel_id == row.id)).scalar()
@@ -434,17 +456,18 @@ def _promote(connection: Connection, panel: Panel) -> PanelMove:
 
 
 def _rollback(connection: Connection, name: str) -> PanelMove:
-    row = _row(connection, name)
+    row, seen = _row(connection, name), _seen_numbers(connection, name)
+    before = f"{name}@{row.production}" if row.production in seen else None
     query = select(panel_moves).where(panel_moves.c.panel_id == row.id).order_by(panel_moves.c.id.desc())
     target = connection.execute(query.limit(1)).first()
-    while target is not None and target.number == row.production:
+    while target is not None and (target.number == row.production or target.number not in seen):
         earlier = select(panel_moves).where(panel_moves.c.id == target.before)
         target = None if target.before is None else connection.execute(earlier).one()
     if target is None:
-        meant = "nothing was promoted" if row.production is None else f"{name}@{row.production} was the first"
+        meant = "nothing was promoted" if before is None else f"{before} was the first"
         raise NotFound(f"nothing to roll back to: {meant}; `turret panel promote {name}@NUMBER` chooses a version")
     _move(connection, name, row, "rollback", target.number, target.before)
-    return PanelMove(f"{name}@{target.number}", f"{name}@{row.production}", changed=True)
+    return PanelMove(f"{name}@{target.number}", before, changed=True)
 
 
 def _move(connection: Connection, name: str, row: _Row, verb: str, number: int, before: int | None) -> None:

@@ -20,10 +20,9 @@ from turret.database import (
     LONGEST_NAME,
     Database,
     access_of,
-    adapters,
     budgets,
     flushes,
-    seen_adapters,
+    seen_names,
     upsert,
     usage,
 )
@@ -152,7 +151,7 @@ def _seen_usage(connection: Connection) -> ColumnElement[bool]:
     own = usage.c.tenant == access.tenant
     if access.whole:
         return own
-    seen = usage.c.adapter.in_(select(adapters.c.name).where(seen_adapters(connection)))
+    seen = usage.c.adapter.in_(seen_names(connection))
     return own & (or_(seen, usage.c.adapter == BASE) if "*" in access.bases else seen)
 
 

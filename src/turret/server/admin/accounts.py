@@ -16,7 +16,14 @@ from turret.store.jobs import OpenJob
 from turret.store.usage import Usage
 
 control = router("admin")
-Day = Annotated[str | None, Query(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", description="Such as 2026-11-27, in UTC.")]
+Day = Annotated[
+    str | None,
+    Query(
+        pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$",
+        description="Such as 2026-11-27, in UTC.",
+        json_schema_extra={"format": "date"},
+    ),
+]
 Before = Annotated[int | None, Query(ge=1, le=1 << 31, description="The `before` of the previous page.")]
 TENANT = "Another tenant, for a token with the scope operate."
 Tenant = Annotated[str | None, Query(max_length=63, description=TENANT)]

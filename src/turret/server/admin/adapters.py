@@ -248,13 +248,13 @@ def _version(version: StoredVersion | Named) -> Version:
 
 
 async def _load(view: View, reference: str, *, pin: bool) -> Version:
-    version = await view.control(view.engines.warm, view.aliases.exact(reference), pin=pin)
+    version = await view.control(lambda: view.engines.warm(view.aliases.exact(reference), pin=pin))
     await view.control(_record, view, "pin" if pin else "load", version)
     return _version(version)
 
 
 async def _apply(view: View, reference: str, verb: str, action: Callable[[str], Named]) -> Version:
-    version = await view.control(view.workspace.resolve, view.aliases.exact(reference))
+    version = await view.control(lambda: view.workspace.resolve(view.aliases.exact(reference)))
     await view.control(action, str(version))
     await view.control(_record, view, verb, version)
     return _version(version)
@@ -280,9 +280,8 @@ async def verify(reference: Ref, view: View) -> JsonObject:
 @control.post("/api/adapters/{reference}/promote", name="promote")
 async def move_alias(reference: Ref, body: PromoteRequest, view: View) -> Moved:
     """Move an alias to a version. The version is loaded first; nothing moves if that fails."""
-    return _move_response(
-        view, await moves.move_alias(view, reference, body.alias, require=body.require, replay=body.replay)
-    )
+    moved = await moves.move_alias(view, reference, body.alias, require=body.require, replay=body.replay)
+    return await view.control(_move_response, view, moved)
 
 
 @control.get("/api/adapters/{name}/gates")
@@ -310,7 +309,7 @@ async def make_promise(reference: Ref, body: moves.PromiseAsked, view: View, own
 @control.post("/api/aliases/{name}/{alias}/rollback")
 async def rollback(name: Annotated[AdapterName, Path()], alias: Annotated[AliasName, Path()], view: View) -> Moved:
     """Move an alias back to the version that it named before."""
-    return _move_response(view, await moves.roll_back(view, name, alias))
+    return await view.control(_move_response, view, await moves.roll_back(view, name, alias))
 
 
 def _move_response(view: View, move: Move) -> Moved:
