@@ -60,9 +60,9 @@ def test_data_goes_when_its_last_training_has_ended(store, line, submit, end) ->
     assert collected(store) == [], "one runs"
     if end == "cancelled":
         line.cancel(second)
-        line.after(taken, None)
+        line.end_try(taken, None)
     elif end == "failed":
-        line.after(taken, "a missing column", again=False)
+        line.end_try(taken, "a missing column", again=False)
     else:
         store.end_run(line.adopt_training(taken), "finished", result={})
     assert store.run(second)["state"] == end

@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
@@ -232,7 +232,7 @@ def add(
         "run": run,
         "bytes": sum(blob.bytes for blob in content.values()),
         "metrics": plain(metrics),
-        "manifest": plain(manifest),
+        "manifest": plain(manifest, plain_text),
         "who": who(),
         "comparison": comparison,
     }
@@ -428,19 +428,19 @@ def summary(connection: Connection, adapter_id: int) -> str:
     return f"{numbers} and {called if names else 'no alias'}"
 
 
-def plain(value: JsonValue) -> JsonValue:
-    """Convert a value to strict JSON: plain dicts, lists and texts, and null for NaN and infinity."""
+def plain(value: JsonValue, text: Callable[[str], str] = str) -> JsonValue:
+    """Convert a value to strict JSON: plain dicts and lists, `text` of each text, and null for NaN and infinity."""
     if isinstance(value, str):
-        return plain_text(value)
+        return text(value)
     if isinstance(value, Mapping):
-        return plain_object(value)
+        return plain_object(value, text)
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [plain(item, text) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
 
-def plain_object(fields: Mapping[str, Plain]) -> JsonObject:
+def plain_object(fields: Mapping[str, Plain], text: Callable[[str], str] = str) -> JsonObject:
     """Convert a mapping to strict JSON, see `plain`."""
-    return {plain_text(str(key)): plain(item) for key, item in fields.items()}
+    return {text(str(key)): plain(item, text) for key, item in fields.items()}

@@ -47,9 +47,8 @@ class Example:
     min_score: float | None = None  # only with `expected`
 
     def as_json(self) -> JsonObject:
-        wanted = self.wanted if isinstance(self.wanted, str) else list(self.wanted)
-        fields: JsonObject = {"text": self.text, self.check: wanted}  # all characters are kept, so not `plain_object`
-        return fields if self.min_score is None else {**fields, "min_score": self.min_score}
+        fields: JsonObject = {"text": self.text, self.check: self.wanted}
+        return plain_object(fields if self.min_score is None else {**fields, "min_score": self.min_score})
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from turret.database import Database, access_of, adapters, aliases, artifacts, j
 from turret.disk import bytes_below, clock_of
 from turret.errors import Corrupt, StoreError
 from turret.json_types import JsonObject
+from turret.postgres import plain_text
 from turret.reference import Reference
 from turret.store import catalog, golden, promises, uploads
 from turret.store.artifacts import MANIFEST
@@ -174,7 +175,7 @@ def _of_manifest(version: Version, content: Mapping[str, Blob], text: bytes) -> 
         return
     if manifest.get("digest") != version.digest:
         yield f"has digest {str(manifest.get('digest'))[:19]}..., but {version.digest[:19]}... is listed"
-    elif catalog.plain(manifest) != catalog.plain(version.manifest):
+    elif catalog.plain(manifest, plain_text) != catalog.plain(version.manifest, plain_text):
         yield "differs from the listed manifest"
     named = {name: f"sha256:{entry.get('sha256')}" for name, entry in manifest["files"].items()}
     if named != {name: blob.digest for name, blob in content.items() if name != MANIFEST}:
