@@ -33,7 +33,7 @@ for name in every(): load(name)
 from turret.ops.cpu import compiled as kernels
 from turret.cli.main import run
 assert kernels.library() is None
-print(kernels.why())
+print(kernels.kernel_status())
 sys.exit(run(["doctor", "--json", "--store", sys.argv[1]]))
 """
 

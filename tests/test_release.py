@@ -117,6 +117,6 @@ def test_the_wheels_kernels_need_no_compiler_and_write_nothing(installed: Path, 
 WHY = """
 from turret.ops.cpu import compiled as kernels
 kernels.library()
-print(kernels.why())
+print(kernels.kernel_status())
 print([line for line in open("/proc/self/maps") if "kernels-" in line])
 """

@@ -20,7 +20,7 @@ from turret.ops.cpu.compiler import LEVELS
 
 @needed
 def test_the_check_at_the_first_use_works_inside_inference_mode() -> None:
-    use = "with torch.inference_mode(): assert compiled.library(), compiled.why()"
+    use = "with torch.inference_mode(): assert compiled.library(), compiled.kernel_status()"
     code = f"import torch; from turret.ops.cpu import compiled\n{use}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
@@ -232,7 +232,7 @@ def test_without_a_private_folder_there_are_no_kernels(quick: Path) -> None:
 @pytest.mark.slow
 @needed
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted where Linux tells them")
-def test_rest_ends_the_helpers_of_its_thread_only() -> None:
+def test_ending_idle_threads_ends_the_helpers_of_its_thread_only() -> None:
     script = """
 import os, threading, torch
 from turret.ops.cpu import compiled as kernels
@@ -245,10 +245,10 @@ mine = count()
 done, go = threading.Event(), threading.Event()
 def other():
     work(); done.set(); go.wait(); work()
-thread = threading.Thread(target=other)
+thread = threading.Thread(target=other, daemon=True)
 thread.start(); done.wait()
 both = count()
-kernels.rest(); kernels.rest()
+kernels.end_idle_threads(); kernels.end_idle_threads()
 left = count()
 go.set(); thread.join()
 work()
