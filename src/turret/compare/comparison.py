@@ -454,8 +454,8 @@ def judge_pair(
 
 def score_of(results: Sequence[CellResult], rng: np.random.Generator) -> Interval:
     """The metric of some trainings, in points."""
-    scores, metrics = np.stack([each.scores for each in results]), results[0].metrics
-    by_ranks = "spearman" in metrics and metrics["spearman"] == metrics.get(task_of(results[0].kind).metric)
+    scores, first = np.stack([each.scores for each in results]), results[0]
+    by_ranks = task_of(first.kind).rank_metric in first.metrics
     return (rank_correlation_interval(scores) if by_ranks else interval(scores, rng, between=(0, 1))).times(100)
 
 

@@ -264,7 +264,7 @@ def parse_body(content: bytes, field: BodyField, limits: RequestLimits) -> Body:
         value = from_json(content, allow_inf_nan=False)
     except ValueError as error:
         raise HTTPException(400, f"the body is not JSON: {error}") from None
-    if _overflows(value):
+    if overflows(value):
         raise HTTPException(400, "the body has a number that no float holds, such as 1e400: give a smaller one")
     body, errors = field.validate(value, {}, loc=("body",))
     if errors:
@@ -272,12 +272,12 @@ def parse_body(content: bytes, field: BodyField, limits: RequestLimits) -> Body:
     return body
 
 
-def _overflows(value: Plain) -> bool:
+def overflows(value: Plain) -> bool:
     """Whether a number in a value of JSON was too large, so that it was read as infinity."""
     if isinstance(value, float):
         return math.isinf(value)
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(map(_overflows, inner))
+    return any(map(overflows, inner))
 
 
 def check_counts(content: bytes, limits: RequestLimits) -> None:

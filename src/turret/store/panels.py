@@ -366,10 +366,13 @@ def _find(connection: Connection, reference: Reference) -> Panel | None:
         meant = panels.c.production.is_(None) | (panel_versions.c.number == panels.c.production)
         query = query.where(meant).order_by(panel_versions.c.number.desc()).limit(1)
     row = connection.execute(query).mappings().first()
-    if row is None or _sees(connection, panel := _panel(row)):
-        return None if row is None else panel
-    plain = str(reference) == reference.name
-    return next(reversed(_list(connection, panels.c.name == reference.name)), None) if plain else None
+    if row is None:
+        return None
+    if _sees(connection, panel := _panel(row)):
+        return panel
+    if str(reference) != reference.name:
+        return None
+    return next(reversed(_list(connection, panels.c.name == reference.name)), None)  # the last one that is seen
 
 
 def _list(connection: Connection, *conditions: ColumnElement[bool]) -> list[Panel]:

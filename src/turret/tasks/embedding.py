@@ -72,6 +72,7 @@ class TextEmbedding(HeadAnswers):
     gives: ClassVar[Gives] = "vectors"
     peft_task: ClassVar[str | None] = HEADLESS
     metric: ClassVar[str] = "main_score"
+    rank_metric: ClassVar[str | None] = "spearman"
     metric_label: ClassVar[str] = "main score"
     spans: ClassVar[Literal["row", "batch"]] = "batch"
     bare: ClassVar[bool] = True

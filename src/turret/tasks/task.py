@@ -221,6 +221,7 @@ class Task(Protocol):
     pipeline_tag: ClassVar[str]  # the Hub's name of it
     peft_task: ClassVar[str | None] = None  # PEFT's, if no base decides it
     metric: ClassVar[str]  # the number that `compare` judges: the mean of `score`
+    rank_metric: ClassVar[str | None] = None  # if it is among the metrics, the score is this correlation of ranks
     metric_label: ClassVar[str]  # the metric's name in tables and reports
     measures: ClassVar[Mapping[str, Measure]]  # every metric that `metrics` gives, by its key
     errors: ClassVar[str]  # what `worst` lists, as a title

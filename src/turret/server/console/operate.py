@@ -307,6 +307,6 @@ def _traffic(view: View) -> render.Context:
         "engines": {name: asdict(each) for name, each in view.engines.stats().items()} if view.access.operates else {},
         "memory": [asdict(each) for each in view.engines.loaded_adapters()],
         "in_flight": max(0, view.in_flight - 1),  # without this page's own request
-        "failed_moves": {key: each for key, each in view.aliases.failed_moves.items() if view.engines.sees(key[0])},
+        "failed_moves": view.aliases.failed_moves,
         "since": epoch() - view.services.started_at,
     }

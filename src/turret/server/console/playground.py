@@ -32,7 +32,7 @@ from turret.server.console.render import TOKEN, Form, Page, Sent, pages
 from turret.server.console.snippets import QUESTIONS, Question, Snippet
 from turret.server.limits import MOST_MESSAGES, MOST_TEXT, MOST_TOKENS
 from turret.server.questions import scores_pairs
-from turret.server.routes import Model, RequestState, View, answer_of_route, check_counts, pass_to_route
+from turret.server.routes import Model, RequestState, View, answer_of_route, check_counts, overflows, pass_to_route
 from turret.store import Version
 from turret.tasks import stored_task
 from turret.tasks.shapes import TaskSpec
@@ -176,10 +176,11 @@ def _json(view: View, form: Form, name: str) -> JsonValue:
     check_counts(text.encode("utf-8", "replace"), view.services.limits)
     try:
         value: JsonValue = from_json(text, allow_inf_nan=False)
-        json.dumps(value, allow_nan=False)  # 1e999 is read as infinity
-        return value
+        if overflows(value):
+            raise ValueError("Out of range float values are not JSON compliant")
     except ValueError as error:
         raise BadRequest(f"{name}: not JSON: {error}") from None
+    return value
 
 
 def _settings(view: View, form: Form) -> JsonObject:
