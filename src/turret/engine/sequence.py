@@ -68,9 +68,11 @@ class DecodeStep:
 # --- text while its tokens arrive -------------------------------------------------------------------------------------
 # Which part of a text is final, and where a stop string ends it.
 #
-# The text is the decoded tokens, stripped unless it is raw. These are held back because later tokens may change them:
-# white space at the end of a stripped text, an incomplete character, and the possible start of a stop string or of what
-# the tokenizer cleans up.
+# The text is the decoded tokens, stripped unless it is raw. Later tokens may change its end, so this is held back:
+#
+# - white space at the end of a stripped text
+# - an incomplete character
+# - the possible start of a stop string, or of what the tokenizer cleans up
 
 
 HALF = "�"  # decoders write this for an incomplete character
