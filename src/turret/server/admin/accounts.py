@@ -27,7 +27,9 @@ Day = Annotated[
 Before = Annotated[int | None, Query(ge=1, le=1 << 31, description="The `before` of the previous page.")]
 TENANT = "Another tenant, for a token with the scope operate."
 Tenant = Annotated[str | None, Query(max_length=63, description=TENANT)]
-Part = Annotated[str | None, Query(min_length=1, max_length=200, description="Only actions with this in it.")]
+NO_NUL = {"pattern": r"^[^\x00]*$"}  # what `accounts.audit_page` checks
+PART = Query(min_length=1, max_length=200, description="Only actions with this in it.", json_schema_extra=NO_NUL)
+Part = Annotated[str | None, PART]
 TokenName = Annotated[str, Path(min_length=1, max_length=100, description="The name of a token.")]
 
 
