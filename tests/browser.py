@@ -16,6 +16,8 @@ import pytest
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
 Browser, Page = sync_api.Browser, sync_api.Page
+expect = sync_api.expect  # it waits for what a click brings; `assert each.is_visible()` reads at once
+expect.set_options(timeout=15_000)
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ARGUMENTS = (

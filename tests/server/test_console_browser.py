@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from browser import Browser, Page, browser
+from browser import Browser, Page, browser, expect
 from server.conftest import SEEDS, Running
 from server.console_forms import PAGES
 from server.console_pictures import PICTURES, WORDS, differences, words_of
@@ -215,7 +215,7 @@ def test_a_token_is_made_rotated_and_revoked_by_keyboard_and_mouse(opened: Open,
     page.get_by_role("button", name="New secret").click()
     assert page.locator(".done code").inner_text() != secret
     page.get_by_role("link", name="Audit log").click()
-    assert page.locator("tbody tr").count() >= 2
+    page.locator("tbody tr").nth(1).wait_for()
     page.get_by_role("link", name="Tokens").click()
     page.get_by_role("link", name="Revoke… of team").click()
     page.locator("dialog").get_by_text("It is the token that you are signed in with.").wait_for()
@@ -230,10 +230,10 @@ def test_from_the_list_to_a_version_and_back(opened: Open) -> None:
     page = opened("/")
     assert page.title() == "Adapters · Turret"
     page.get_by_role("link", name="news", exact=True).click()
-    assert page.get_by_role("heading", name="news", exact=True).is_visible()
+    expect(page.get_by_role("heading", name="news", exact=True)).to_be_visible()
     page.locator("table").get_by_role("link", name="news@2", exact=True).click()
     page.wait_for_url("**/adapters/news/2")
-    assert page.get_by_text("52.0%").is_visible()
+    expect(page.get_by_text("52.0%")).to_be_visible()
     page.get_by_role("button", name="Verify").click()
     page.get_by_text("No problem in news@2").wait_for()
     page.go_back()
@@ -260,7 +260,7 @@ def test_a_gate_refuses_in_the_dialog_and_what_passes_moves_the_alias(opened: Op
     page.get_by_role("dialog").get_by_role("button", name="Roll back").click()
     page.get_by_role("dialog").get_by_role("alert").wait_for()  # the alias named nothing before
     page.keyboard.press("Escape")
-    assert not page.get_by_role("dialog").is_visible()
+    expect(page.get_by_role("dialog")).to_be_hidden()
 
 
 @pytest.mark.slow
@@ -289,10 +289,10 @@ def test_curves_grow_while_a_run_trains(opened: Open, running: Running) -> None:
     assert "–" not in legends  # without a cursor, the newest values
     assert re.search(r"step\W*30\D", legends)
     assert re.search(r"accuracy, test\W*80\.0%", legends)
-    assert page.get_by_text("91.0%").is_visible()
-    assert page.get_by_text("1.0k of 100k parameters").is_visible()
+    expect(page.get_by_text("91.0%")).to_be_visible()
+    expect(page.get_by_text("1.0k of 100k parameters")).to_be_visible()
     page.get_by_text("Recipe").click()
-    assert page.get_by_text("epochs = 3").is_visible()
+    expect(page.get_by_text("epochs = 3")).to_be_visible()
 
 
 @pytest.mark.slow
@@ -301,10 +301,10 @@ def test_a_run_that_waits_has_no_charts_and_one_that_ended_says_what_it_lacks(op
     waiting = running.workspace.queue.submit(Recipe.from_toml(recipe))
     page = opened(f"/runs/{waiting['id']}")
     page.get_by_text("at place 1 of the 1 trainings that wait").wait_for()
-    assert not page.locator(".plots").is_visible()
+    expect(page.locator(".plots")).to_be_hidden()
     running.workspace.queue.cancel(waiting["id"])
     page.get_by_text("no evaluation was made during the training").wait_for()
-    assert page.get_by_text("no step was made").count() == 3
+    expect(page.get_by_text("no step was made")).to_have_count(3)
 
 
 def test_a_report_opens_in_the_page_as_tall_as_it_is(opened: Open) -> None:
@@ -326,7 +326,7 @@ def test_one_text_goes_to_several_versions_side_by_side(opened: Open, running: R
         box.check()
     page.get_by_label("Text").press("Control+Enter")
     page.locator(".panel .receipt").nth(3).wait_for()
-    assert page.locator(".panel").count() == 4  # the bare base generates too
+    expect(page.locator(".panel")).to_have_count(4)  # the bare base generates too
     assert "to load" in page.locator(".panel", has_text="news@2").inner_text()
     written = page.locator(".panel", has_text="tale@1")
     assert "a text of five words" in written.locator(".written").inner_text()
@@ -411,7 +411,7 @@ def test_a_chat_goes_on_and_a_link_and_the_history_bring_it_back(opened: Open, r
     page.goto(link)
     page.locator(".panel .turn").nth(7).wait_for()
     assert (page.get_by_label("Your turn").input_value(), page.get_by_label("Seed").input_value()) == ("four", "7")
-    assert page.locator("[data-stream]").count() == 0, "a link asks nothing"
+    expect(page.locator("[data-stream]")).to_have_count(0)  # a link asks nothing
     page.get_by_text("Asked before").click()
     page.get_by_text("Tools").click()
     assert faults(page) == []
@@ -444,7 +444,7 @@ def test_a_chat_goes_on_and_a_link_and_the_history_bring_it_back(opened: Open, r
     page.get_by_text("Asked before").click()
     page.get_by_role("button", name="Clear the history").click()
     assert page.evaluate("localStorage.length") == 0
-    assert not page.locator("[data-history]").is_visible()
+    expect(page.locator("[data-history]")).to_be_hidden()
 
 
 @pytest.mark.slow
@@ -452,7 +452,7 @@ def test_an_experiment_is_read_ramped_and_ended(opened: Open, running: Running) 
     page = opened("/experiments")
     page.get_by_role("link", name="news#1").click()
     page.locator(".uplot").nth(1).wait_for()
-    assert page.get_by_text("no problem found").is_visible()
+    expect(page.get_by_text("no problem found")).to_be_visible()
     page.get_by_role("link", name="Ramp to 50%").click()
     page.get_by_role("dialog").get_by_role("button", name="Ramp").click()
     page.get_by_text("ramped:").wait_for()
@@ -464,7 +464,7 @@ def test_an_experiment_is_read_ramped_and_ended(opened: Open, running: Running) 
     page.get_by_role("link", name="Roll back…").click()
     page.get_by_role("dialog").get_by_role("button", name="Roll back and end").click()
     page.get_by_text("ended", exact=True).wait_for()
-    assert page.get_by_role("link", name="Ramp").count() == 0
+    expect(page.get_by_role("link", name="Ramp")).to_have_count(0)
 
 
 def test_the_store_is_checked_and_traffic_moves(opened: Open, running: Running) -> None:
@@ -540,7 +540,7 @@ def test_signing_in_and_out(opened: Open, chromium: Browser, tmp_path: Path) -> 
     guarded = Running(workspace, Echo(workspace.store), ServerSettings()).start()
     try:
         page = opened("/runs", url=guarded.url)
-        assert page.url.endswith("/sign-in?next=%2Fruns")
+        page.wait_for_url("**/sign-in?next=%2Fruns")
         page.keyboard.type(secret)  # the field has the focus
         page.keyboard.press("Enter")
         page.wait_for_url("**/runs")
@@ -551,7 +551,7 @@ def test_signing_in_and_out(opened: Open, chromium: Browser, tmp_path: Path) -> 
         page.wait_for_url("**/sign-in")
         assert page.context.cookies() == []
         page.goto(guarded.url + "/runs")
-        assert "/sign-in" in page.url
+        page.wait_for_url("**/sign-in**")
     finally:
         guarded.stop()
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import Browser, browser
+from browser import Browser, browser, expect
 from server.conftest import Running
 from server.test_decide_pages import trained
 from server.test_train_browser import signed_in_page
@@ -64,7 +64,7 @@ def test_a_comparison_from_a_table_to_its_verdict(chromium: Browser, running: Ru
     person.look()
     person.click("button", "Check the plan")
     page.get_by_text("Time on one worker").wait_for()
-    assert page.locator("section table tbody tr").count() == 3
+    expect(page.locator("section table tbody tr")).to_have_count(3)
     person.look()
     person.click("button", "Start the comparison")
     page.wait_for_url("**/comparisons/studies/**")
@@ -72,8 +72,8 @@ def test_a_comparison_from_a_table_to_its_verdict(chromium: Browser, running: Ru
     person.look()
     page.locator("iframe.report, #state .problem").first.wait_for(timeout=300_000)
     assert page.locator("#state .problem").all_inner_texts() == []
-    assert page.locator("#state .verdict").count() == 1
-    assert page.get_by_text("finished").count() == 4, "three cells, and the comparison"
+    expect(page.locator("#state .verdict")).to_have_count(1)
+    expect(page.get_by_text("finished")).to_have_count(4)  # three cells, and the comparison
     person.look()
     page.goto(f"{running.url}/comparisons")
     person.look()

