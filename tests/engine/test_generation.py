@@ -202,6 +202,11 @@ def test_an_answer_does_not_end_before_its_fewest_tokens(beams: int) -> None:
         ends = SamplingParams(logit_bias=((eos, 100.0),), max_tokens=9, num_beams=beams)
         at_once, later = engine.generate([TEXTS[0]], "narrow", ends), SamplingParams(**vars(ends) | {"min_tokens": 5})
         assert [each["tokens"] for each in (*at_once, *engine.generate([TEXTS[0]], "narrow", later))] == [0, 5]
+        whole = engine.generate([TEXTS[0]], "narrow", SamplingParams(max_tokens=9, num_beams=beams))[0]["text"]
+        stopped = SamplingParams(max_tokens=9, num_beams=beams, stop=(whole[:3],))
+        assert engine.generate([TEXTS[0]], "narrow", stopped)[0]["text"] == ""
+        late = SamplingParams(**vars(stopped) | {"min_tokens": 8})
+        assert engine.generate([TEXTS[0]], "narrow", late)[0]["text"].startswith(whole[:3])
     with pytest.raises(DataError, match="min_tokens = -1: expected a whole number from 0"):
         SamplingParams(min_tokens=-1)
 

@@ -15,9 +15,11 @@ from turret.engine.sequence import IncrementalText, TokenEnds, text_of_token
 WORDS = st.lists(st.sampled_from(["a", "b", " ", "ab", "\n", "ba ", " a", "aab"]), max_size=20)
 
 
-def grown(words: Sequence[str], stop: Sequence[str], strip: bool = True) -> tuple[list[str], IncrementalText]:
+def grown(
+    words: Sequence[str], stop: Sequence[str], strip: bool = True, least: int = 0
+) -> tuple[list[str], IncrementalText]:
     pieces = []
-    text = IncrementalText(lambda tokens: "".join(words[: len(tokens)]), stop, strip=strip)
+    text = IncrementalText(lambda tokens: "".join(words[: len(tokens)]), stop, strip=strip, least=least)
     for count in range(1, len(words) + 1):
         pieces.append(text.grow(range(count)))
         if text.stopped:
@@ -39,6 +41,20 @@ def test_pieces_join_to_the_text_before_the_first_stop_string(words: list[str], 
     else:
         assert not any(each in whole for each in stop)
     assert "".join(pieces) == text.text == whole.strip()
+
+
+@settings(deadline=None)
+@given(WORDS, st.lists(st.text("ab \n", min_size=1, max_size=4), max_size=3), st.integers(0, 6))
+@example(["a", "b", "ab"], ["ab"], 2)
+@example(["a", "b", "a"], ["ba"], 2)
+def test_a_stop_string_counts_if_it_ends_after_the_fewest_tokens(words: list[str], stop: list[str], least: int) -> None:
+    pieces, text = grown(words, stop, least=least)
+    whole, free = "".join(words), len("".join(words[:least]))
+    ends = [(number, place) for number in range(least + 1, len(words) + 1) for each in stop
+            for place in range(len("".join(words[:number])) - len(each) + 1)
+            if whole.startswith(each, place) and place + len(each) > free]  # fmt: skip
+    assert text.stopped == bool(ends)
+    assert "".join(pieces) == text.text == (whole[: min(ends)[1]] if ends else whole).strip()
 
 
 @settings(deadline=None)

@@ -86,16 +86,24 @@ class IncrementalText:
     """The final part of a growing text. `decode` makes text of tokens and strips nothing.
 
     cleans: as of `GenerationSettings`.
+    least: tokens within whose text no stop string ends, as in vLLM.
     """
 
     def __init__(
-        self, decode: Callable[[Sequence[int]], str], stop: Sequence[str], *, strip: bool = True, cleans: bool = False
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stop: Sequence[str],
+        *,
+        strip: bool = True,
+        cleans: bool = False,
+        least: int = 0,
     ) -> None:
-        self._decode, self._stop, self._strip = decode, tuple(stop), strip
+        self._decode, self._stop, self._strip, self._least = decode, tuple(stop), strip, least
         self._held = (*self._stop, *(CLEANED if cleans else ()))  # their starts are held back
         self.text = ""
         self._whole = ""
         self.decoded = ""  # all tokens, also after a stop string
+        self._open = 0  # characters of the first `least` tokens
         self.stopped = False
 
     def grow(self, tokens: Sequence[int]) -> str:
@@ -105,8 +113,11 @@ class IncrementalText:
             tokens: All tokens of the answer so far.
         """
         self._whole = self.decoded = self._decode(tokens)
-        ends = [at for at in map(self._whole.find, self._stop) if at >= 0]
-        if ends:
+        if self._stop and not self._open and 0 < self._least < len(tokens):
+            self._open = len(self._decode(tokens[: self._least]))
+        stops = self._stop if len(tokens) > self._least else ()
+        found = (self._whole.find(each, max(0, self._open - len(each) + 1)) for each in stops)
+        if ends := [at for at in found if at >= 0]:
             self.stopped = True
             self._whole = self._whole[: min(ends)]
             return self.end()
@@ -209,7 +220,13 @@ class AnswerText:
     def __init__(self, decode: Decode, settings: GenerationSettings, before: Sequence[int]) -> None:
         self._near = [] if settings.strip else list(before[-CONTEXT_TOKENS:])
         self._start = decode(self._near) if self._near else ""
-        self._text = IncrementalText(self._after(decode), settings.stop, strip=settings.strip, cleans=settings.cleans)
+        self._text = IncrementalText(
+            self._after(decode),
+            settings.stop,
+            strip=settings.strip,
+            cleans=settings.cleans,
+            least=settings.min_new_tokens,
+        )
         self._ends = None if settings.logprobs is None else TokenEnds(decode, self._near)
         self._sent, self._told = 0, 0  # characters, tokens
         self._ended = False
