@@ -48,7 +48,6 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "measured.md",
-    ROOT / "docs" / "howto" / "decisions.md",
     ROOT / "docs" / "howto" / "fleet.md",
     ROOT / "docs" / "howto" / "quantized.md",
     ROOT / "docs" / "howto" / "suggest.md",

@@ -37,7 +37,7 @@ MEASURED = [
 # What looks like a measurement and is none: a limit, a setting, an example, or somebody else's published figure.
 NO_MEASUREMENT = {
     "docs/measured.md": ("2.0x [1.8, 2.3]",),
-    "docs/howto/experiments.md": ("a betting score: it starts at 0.5",),
+    "docs/howto/read-an-experiment.md": ("a betting score: it starts at 0.5",),
     "docs/howto/untrained.md": ("a softmax of 20 times the cosines",),
     "docs/reference/exchange.md": ("100 times the size of the archive",),
     "docs/reference/http.md": ("at most 1/32 of the remaining ones",),

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
     *sorted((ROOT / "docs" / "tutorials").glob("*.md")),
-    ROOT / "docs" / "howto" / "experiments.md",
+    ROOT / "docs" / "howto" / "experiment-traffic.md",
     ROOT / "docs" / "howto" / "own-loop.md",
     ROOT / "docs" / "howto" / "write-programs.md",
 )
