@@ -13,7 +13,7 @@ from table_bytes import PLAIN, excel, rows
 
 from turret.data.dataset import read_rows
 from turret.data.sheets import find_names
-from turret.data.source import open_table
+from turret.data.source import open_source, open_table
 from turret.data.table import FileFormat
 from turret.errors import DataError
 from turret.recipe import Data
@@ -42,6 +42,20 @@ def test_the_sheet_whose_columns_fit_is_read_and_named_with_the_others(tmp_path:
     data = load(book(tmp_path, {"Summary": SUMMARY, "Raw": [NAMES, *BODY]}))
     assert len(data.train) + len(data.test) == 12
     assert any("the sheet 'Raw' is read, not 'Summary'; data.sheet names another" in note for note in data.notes)
+
+
+@pytest.mark.parametrize(
+    ("file", "form", "said"),
+    [
+        ("a.csv", FileFormat(sheet="Raw"), "data.sheet = 'Raw' is not read of a.csv, only of a file with .xlsx"),
+        ("a.jsonl", FileFormat(delimiter=";"), "data.delimiter = ';' is not read of a.jsonl"),
+        ("book.xlsx", FileFormat(encoding="cp1252"), "data.encoding = 'cp1252' is not read of book.xlsx"),
+    ],
+)
+def test_a_setting_of_another_kind_of_file_is_refused(file: str, form: FileFormat, said: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_bytes(excel({"Raw": [NAMES, *BODY]}) if file.endswith("xlsx") else b"{}")
+    with pytest.raises(DataError, match=re.escape(said)):
+        open_source(str(tmp_path / file), form)
 
 
 def test_named_columns_choose_the_sheet_that_has_them(tmp_path: Path) -> None:

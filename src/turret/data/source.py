@@ -326,6 +326,12 @@ def _parquet_classes(metadata: Mapping[bytes, bytes] | None) -> dict[str, Sequen
 
 STDIN = "-"
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".xlsx", ".parquet")
+_READERS = {  # settings of a file's form, and the kinds of files that read them
+    "encoding": SUFFIXES[:5],
+    "delimiter": SUFFIXES[:2],
+    "sheet": (".xlsx",),
+    "header_row": (".csv", ".tsv", ".xlsx"),
+}
 _UNPACKED = (".xlsx", ".parquet")  # compressed inside
 _OTHERS = {  # suffix -> what to do instead
     suffix: remedy
@@ -380,6 +386,7 @@ def open_source(source: str, form: FileFormat = DETECTED) -> dict[str, Table]:
         if path.is_dir():
             return open_folder(path, form)
         if path.exists():
+            _require_read(form, path)
             return {"": open_table(path, form)}
     except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of an unknown user
         reason = getattr(error, "strerror", None) or str(error)
@@ -387,6 +394,16 @@ def open_source(source: str, form: FileFormat = DETECTED) -> dict[str, Table]:
     if is_table(path) or source.startswith((".", "/", "~")) or not looks_like_id(source):
         raise DataError(f"there is no file or folder {quote(source, 100)}{_near(path)}")
     return open_hub(source)
+
+
+def _require_read(form: FileFormat, path: Path) -> None:
+    """Raise DataError for a setting that no file of this kind reads. `header` and `bad_lines` a version keeps."""
+    for key, kinds in _READERS.items():
+        if (value := getattr(form, key)) is not None and is_table(path) and kind_of(path) not in kinds:
+            raise DataError(
+                f"data.{key} = {quote(str(value), 40)} is not read of {name_of(path)}, only of a file with "
+                f"{', '.join(kinds)}: leave it out"
+            )
 
 
 def open_labelled(data: DataSettings, form: FileFormat) -> dict[str, Table]:
