@@ -18,7 +18,7 @@ from turret import adapters, bases
 from turret.adapters import Adapter, drawing
 from turret.data import Example, Labelled, Pair
 from turret.engine import Engine, Limits, Loss, Named, OptimStep, SamplingParams
-from turret.errors import AdapterError, LossNotFinite, NotFound, OutOfMemory, TrainingError
+from turret.errors import AdapterError, LossNotFinite, NotFound, OutOfMemory, RecipeError, TrainingError
 from turret.methods import Full, LoRA, Prefix
 from turret.ops.dropout import Draws
 from turret.train import losses
@@ -273,6 +273,10 @@ def test_a_mistake_is_one_line(engine: Engine) -> None:
         TrainingSlot(engine, "short", "lora", kind="summarize")
     with pytest.raises(TrainingError, match="no labels"):
         TrainingSlot(engine, "news", "lora", kind="classify")
+    with pytest.raises(RecipeError, match=r"task\.beta = 0\.5 is not read by the task classify"):
+        classifier(engine, settings={"beta": 0.5})
+    with pytest.raises(RecipeError, match="unknown"):
+        classifier(engine, settings={"max_token": 8})
 
 
 def test_memory_that_runs_out_drops_the_gradients_of_half_a_batch(engine: Engine) -> None:

@@ -34,7 +34,6 @@ from turret.methods import Method, by_name
 from turret.ops.core import use_device
 from turret.ops.dropout import Draws
 from turret.recipe import Recipe, Train
-from turret.recipe import Task as TaskSettings
 from turret.tasks import Task, task_of
 from turret.tasks.shapes import Answer
 from turret.train.adamw import AdamW
@@ -288,6 +287,7 @@ class TrainingSlot:
     Raises:
         TrainingError: The method trains every weight, or the engine's base is for another kind of task.
         AdapterError: The method does not fit the base.
+        RecipeError: A setting is unknown, has a wrong value, or is one that this kind of task does not read.
     """
 
     def __init__(
@@ -315,8 +315,9 @@ class TrainingSlot:
             given = f"{len(labels)} labels" if labels else "no labels"
             raise TrainingError(f"{base.id} is loaded to {base.head}: a slot for {kind} with {given} does not fit it")
         data = Dataset((), (), (), kind, tuple(labels), {}, (), 0, "")
-        chosen_settings = TaskSettings.model_validate({"kind": kind, **(settings or {})})
-        self.task = task.make(chosen_settings, data, base.tokenizer, base.family.kind)
+        recipe = Recipe(name="slot", data="slot", task={"kind": kind, **(settings or {})})
+        recipe.require_read(kind)
+        self.task = task.make(recipe.task, data, base.tokenizer, base.family.kind)
         self._engine = engine
         self._copies: list[Named] = []  # the one that answers, unless it is stale
         most = most_tokens or pass_tokens(Train(), base.model.config)
