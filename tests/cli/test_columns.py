@@ -74,10 +74,6 @@ def test_control_another_column_gives_other_answers_when_it_is_named(trained: Pa
     assert status == 0
     assert err == ""
     assert json.loads(known) != json.loads(other)
-    status, old, err = typed("predict", "films", str(later), "--column", "other", *where)
-    assert status == 0
-    assert json.loads(old) == json.loads(other)
-    assert "--column is called --text now" in err
 
 
 def test_a_table_that_lacks_the_columns_says_which(trained: Path, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_predict_reads_a_file_a_column_and_stdin(typed, tmp_path, capsys, monkey
     for inputs in (
         ["great film", "dull story"],
         [str(tmp_path / "lines.txt")],
-        [str(tmp_path / "rows.csv"), "--column", "body"],
+        [str(tmp_path / "rows.csv"), "--text", "body"],
         ["-"],
     ):
         assert run(["predict", "film-reviews@1", *inputs, *typed.store, "--json"]) == 0
@@ -287,7 +287,7 @@ def test_a_mistake_in_train_and_plan_costs_one_line(
         (["predict", "film-reviews@9", "x"], 1, "no film-reviews@9"),
         (["predict", "../x", "x"], 2, "bad adapter name"),
         (["predict", "film-reviews", "nothing.csv"], 1, "there is no file 'nothing.csv'"),
-        (["predict", "film-reviews", "a", "b", "--column", "c"], 1, "needs one table"),
+        (["predict", "film-reviews", "a", "b", "--text", "c"], 1, "needs one table"),
         (["evaluate", "film-reviews", "nothing.csv"], 1, "there is no file"),
         (["evaluate", "film-reviews", "x.csv", "--set", "train.lr=1"], 2, "expected a key of [data]"),
     ],

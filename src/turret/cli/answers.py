@@ -189,7 +189,6 @@ def predict(
         ),
     ],
     reading: Annotated[options.Reading, options.Without(("label", "completion"))],
-    column: Annotated[str | None, Option(hidden=True, help="Old: --text or --prompt.")] = None,
     out: Annotated[
         Path | None, Option(metavar="FILE", help="Write rows and answers to a .csv, .tsv, .jsonl or .xlsx.")
     ] = None,
@@ -208,8 +207,6 @@ def predict(
 
     workspace = command.workspace
     named = reading.keys()
-    if column is not None:
-        named |= _old_column(workspace, reference, column)
     if out is not None:
         source, wanted = _one_file(inputs), PredictOptions(named, bare, top, coverage, device)
         command.perform(_print_written, workspace.predict_file, reference, source, out, wanted)
@@ -371,14 +368,6 @@ def _print_suggested(found: Suggested, notes: Sequence[str]) -> None:
     out.print(columns(heads, rows, right=("row", "confidence")))
     for note in [*found.notes, *notes]:
         out.print(f"[dim]{safe(note)}[/]")
-
-
-def _old_column(workspace: Workspace, reference: str, column: str) -> JsonObject:
-    """The column of `--column`, by the role that the version's task calls it. Prints a warning."""
-    role = stored_task(workspace.resolve(reference).task).schema().usual[0]
-    option = "--text" if role == "text" else "--prompt"
-    console(stderr=True).print(f"[yellow]--column is called {option} now, and will be removed in the next release[/]")
-    return {role: column}
 
 
 def _texts(
