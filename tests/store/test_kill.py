@@ -111,7 +111,7 @@ def test_killed_at_every_file_operation_of_a_verb_it_was_done_or_was_not(where, 
 def test_killed_within_a_write_of_any_verb_the_store_holds_what_it_must_and_readers_see_nothing_of_it(tmp_path) -> None:
     """The kernel kills at the write that makes a file longer than n bytes, inside SQLite too."""
     verbs = ",".join(BESIDE)
-    ended, acknowledged = beside_readers(str(tmp_path / "store"), tmp_path, "writes", verbs, 600_000, 120_000)
+    ended, acknowledged = beside_readers(str(tmp_path / "store"), tmp_path, "writes", verbs, 150_000, 30_000)
     assert ended["killed"] > len(BESIDE)
     assert ended.total() == 5 * len(BESIDE)
     assert acknowledged
