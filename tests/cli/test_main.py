@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 from turret import errors
 from turret.amounts import many, percentage, size, span
 from turret.cli.main import GROUPS, app, run
-from turret.cli.output import safe
+from turret.cli.output import number, safe
 from turret.compare.report_text import milliseconds
 from turret.experiments.experiment import duration_text
 
@@ -247,6 +247,7 @@ def test_durations_of_years_are_in_days() -> None:
 
 
 def test_only_all_is_100_percent_and_only_none_is_0_percent() -> None:
+    assert [number(each) for each in (0.9989, 0.9996, 1.0, 1.0004)] == ["0.999", "0.999", "1.000", "1.000"]
     shares = (0, 1e-9, 0.0004, 0.913, 0.9996, 1 - 1e-9, 1, -0.2)
     assert [percentage(each) for each in shares] == [
         "0.0%", "0.1%", "0.1%", "91.3%", "99.9%", "99.9%", "100.0%", "-20.0%",

@@ -143,10 +143,12 @@ def class_table(classes: MetricParts) -> Table:
 
 
 def number(value: Plain) -> str:
-    """The value of a metric."""
+    """The value of a metric. Only 1 is `1.000`, so an accuracy that is not quite all is `0.999`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "?" if value is None else safe(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) >= 10 else f"{value:.3f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if abs(value) >= 10 else f"{0.999 if 0.999 < value < 1 else value:.3f}"
 
 
 def metrics(values: Metrics, *, most: int = 8) -> str:
