@@ -143,7 +143,7 @@ def class_table(classes: MetricParts) -> Table:
 
 
 def number(value: Plain) -> str:
-    """The value of a metric. Only 1 is `1.000`, so an accuracy that is not quite all is `0.999`."""
+    """The value of a metric. Nothing below 1 is `1.000`: an accuracy of 0.9996 is `0.999`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "?" if value is None else safe(value)
     if isinstance(value, int):
