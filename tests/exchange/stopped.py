@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -170,6 +171,9 @@ def child(place: Place, arm: Callable[[], None]) -> int:
             stop_on_sigterm()
             arm()
             status = place.carry_out()
+        except KeyboardInterrupt as error:  # before the command or after it, as in a program that runs it
+            inside = any(frame.f_code is run.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
+            status = 99 if inside else 130
         except BaseException as error:
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
         finally:
