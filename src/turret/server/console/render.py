@@ -444,7 +444,7 @@ def model_in(form: Form, fields: Iterable[Field], model: type[AnyModel]) -> AnyM
             {"type": each["type"], "loc": ("body", *each["loc"]), "msg": each["msg"]}
             for each in error.errors(include_url=False)
         ]
-        raise BadRequest(str(validation_response(problems).body["error"]["message"])) from None
+        raise BadRequest(str(validation_response(problems, values).body["error"]["message"])) from None
 
 
 async def read_form_of(request: Request, view: View) -> Form:
@@ -525,7 +525,11 @@ class FormRoute(PageRoute):
             try:
                 return await handler(request)
             except (TurretError, RequestValidationError) as error:
-                told = error_response(error) if isinstance(error, TurretError) else validation_response(error.errors())
+                told = (
+                    error_response(error)
+                    if isinstance(error, TurretError)
+                    else validation_response(error.errors(), error.body)
+                )
                 refused = None if "hx-request" in request.headers else await _refused_form(request, told)
                 if refused is None:
                     raise
