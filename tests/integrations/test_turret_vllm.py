@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -64,6 +66,22 @@ print(sorted({{"torch", "transformers", "vllm", "peft", "numpy"}} & set(sys.modu
 def test_control_other_weights_have_another_fingerprint(tmp_path: Path) -> None:
     made = [small_models.save_base("llama", tmp_path / f"{seed}", seed=seed) for seed in (1, 2)]
     assert len({bases.load(str(each), task="generate").fingerprint for each in made}) == 2
+
+
+def test_the_folder_of_adapters_is_one_that_nobody_else_can_change(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(DISTRIBUTION))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    module = importlib.import_module("turret_vllm")
+    assert module.cache_folder() == tmp_path / f"turret-vllm-{os.getuid()}"
+    module.cache_folder().chmod(0o777)
+    with pytest.raises(module.Refused, match=r"is writable for others .*: set TURRET_VLLM_CACHE to a folder"):
+        module.cache_folder()
+    (tmp_path / f"turret-vllm-{os.getuid()}").rmdir()
+    (tmp_path / f"turret-vllm-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(module.Refused, match="is a symbolic link"):
+        module.cache_folder()
+    monkeypatch.setenv("TURRET_VLLM_CACHE", str(tmp_path / "own"))
+    assert module.cache_folder() == tmp_path / "own"
 
 
 @dataclass

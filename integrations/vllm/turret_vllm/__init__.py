@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from turret.access import DEFAULT, Access, check_tenant
+from turret.disk import private_folder
 from turret.errors import NotFound, TurretError
 from turret.families import FAMILIES
 from turret.reference import Reference
@@ -76,10 +77,11 @@ class Resolver:
         digest = version.digest.removeprefix("sha256:")
         place = self.folder / digest
         if not place.exists():
-            partial = Path(tempfile.mkdtemp(dir=self.folder)) / digest
-            self.store.materialize(str(version), partial)  # checks every file
-            with contextlib.suppress(OSError):  # another process was quicker
-                partial.rename(place)
+            with tempfile.TemporaryDirectory(dir=self.folder) as room:
+                partial = Path(room) / digest
+                self.store.materialize(str(version), partial)  # checks every file
+                with contextlib.suppress(OSError):  # another process was quicker
+                    partial.rename(place)
         return self.request_type(lora_name=f"{version}-{digest[:16]}", lora_int_id=1, lora_path=str(place))
 
     def check(self, version: Version, base: str) -> None:
@@ -176,10 +178,25 @@ def register() -> None:
     from vllm.lora.resolver import LoRAResolverRegistry
 
     tenant = os.environ.get("TURRET_TENANT") or DEFAULT
-    folder = Path(os.environ.get("TURRET_VLLM_CACHE") or Path(tempfile.gettempdir()) / f"turret-vllm-{os.getuid()}")
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     store = Store(location).with_access(Access(check_tenant(tenant)))
-    LoRAResolverRegistry.register_resolver("turret", Resolver(store, folder))
+    LoRAResolverRegistry.register_resolver("turret", Resolver(store, cache_folder()))
+
+
+def cache_folder() -> Path:
+    """The folder of adapters that were read: TURRET_VLLM_CACHE, or one that no other user can change.
+
+    Raises:
+        Refused: It cannot be made, or is another user's.
+    """
+    given = os.environ.get("TURRET_VLLM_CACHE")
+    try:
+        if not given:
+            return private_folder(Path(tempfile.gettempdir()) / f"turret-vllm-{os.getuid()}")
+        Path(given).mkdir(parents=True, exist_ok=True, mode=0o700)
+        return Path(given)
+    except OSError as error:
+        where = str(error.filename)[:200]
+        raise Refused(f"{where}: {error.strerror}: set TURRET_VLLM_CACHE to a folder that only you can write") from None
 
 
 def registered() -> Resolver | None:
