@@ -219,6 +219,12 @@ def test_a_parquet_whose_schema_is_broken_is_one_line(tmp_path: Path) -> None:
     assert "t.parquet is not Parquet, or broken:" in found
 
 
+def test_a_key_with_a_dot_and_a_key_within_a_key_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a.b": "x", "a": {"b": "y"}, "label": "z"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"two columns are 'a\.b', once as keys within keys: give each its own name"):
+        open_source(str(tmp_path / "a.jsonl"))
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"]), pa.array([1])], names=["text", "text", "label"]), path)

@@ -206,8 +206,8 @@ def _paths(rows: Sequence[Mapping[str, Plain]], asked: Sequence[str]) -> dict[st
             open_ = len(way) < _DEEPEST and key not in (() if before else (*ROLES, *asked)) and any(inner)
             if open_ and _are_objects(inner) and len({name for cell in inner for name in cell}) <= _MOST_KEYS:
                 walk(inner, way)
-            else:
-                found.setdefault(".".join(way), way)
+            elif found.setdefault(name := ".".join(way), way) != way:
+                raise DataError(f"two columns are {quote(name, 60)}, once as keys within keys: give each its own name")
 
     walk(rows, ())
     return found
