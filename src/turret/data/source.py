@@ -326,13 +326,13 @@ def _parquet_classes(metadata: Mapping[bytes, bytes] | None) -> dict[str, Sequen
 
 STDIN = "-"
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".xlsx", ".parquet")
+_UNPACKED = (".xlsx", ".parquet")  # compressed inside
 _READERS = {  # settings of a file's form, and the kinds of files that read them
-    "encoding": SUFFIXES[:5],
-    "delimiter": SUFFIXES[:2],
+    "encoding": tuple(each for each in SUFFIXES if each not in _UNPACKED),
+    "delimiter": (".csv", ".tsv"),
     "sheet": (".xlsx",),
     "header_row": (".csv", ".tsv", ".xlsx"),
 }
-_UNPACKED = (".xlsx", ".parquet")  # compressed inside
 _OTHERS = {  # suffix -> what to do instead
     suffix: remedy
     for suffixes, remedy in {

@@ -103,7 +103,7 @@ class IncrementalText:
         self.text = ""
         self._whole = ""
         self.decoded = ""  # all tokens, also after a stop string
-        self._open = 0  # characters of the first `least` tokens
+        self._open: int | None = None  # characters of the first `least` tokens, once they are there
         self.stopped = False
 
     def grow(self, tokens: Sequence[int]) -> str:
@@ -113,15 +113,21 @@ class IncrementalText:
             tokens: All tokens of the answer so far.
         """
         self._whole = self.decoded = self._decode(tokens)
-        if self._stop and not self._open and 0 < self._least < len(tokens):
-            self._open = len(self._decode(tokens[: self._least]))
-        stops = self._stop if len(tokens) > self._least else ()
-        found = (self._whole.find(each, max(0, self._open - len(each) + 1)) for each in stops)
-        if ends := [at for at in found if at >= 0]:
+        end = self._stops_at(tokens)
+        if end is not None:
             self.stopped = True
-            self._whole = self._whole[: min(ends)]
+            self._whole = self._whole[:end]
             return self.end()
         return self._extend(self._bare(self._whole[: len(self._whole) - self._open_end()]))
+
+    def _stops_at(self, tokens: Sequence[int]) -> int | None:
+        """Where the first stop string begins that ends after the first `least` tokens; None if there is none."""
+        if not self._stop or len(tokens) <= self._least:
+            return None
+        if self._open is None:
+            self._open = len(self._decode(tokens[: self._least]))
+        found = [self._whole.find(each, max(0, self._open - len(each) + 1)) for each in self._stop]
+        return min((at for at in found if at >= 0), default=None)
 
     def end(self) -> str:
         """The rest of the text, after the last token."""

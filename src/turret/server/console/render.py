@@ -525,11 +525,7 @@ class FormRoute(PageRoute):
             try:
                 return await handler(request)
             except (TurretError, RequestValidationError) as error:
-                told = (
-                    error_response(error)
-                    if isinstance(error, TurretError)
-                    else validation_response(error.errors(), error.body)
-                )
+                told = error_response(error) if isinstance(error, TurretError) else validation_response(error.errors())
                 refused = None if "hx-request" in request.headers else await _refused_form(request, told)
                 if refused is None:
                     raise
