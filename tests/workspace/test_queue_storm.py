@@ -59,6 +59,7 @@ class Worker:
             "--store",
             self.url,
         ]
+        self.works = False
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd="/")
         threading.Thread(target=self._listen, args=[self.process], daemon=True).start()
 
@@ -68,6 +69,7 @@ class Worker:
             for line in process.stderr:
                 self.errors.append(line.rstrip())
                 words = line.split()
+                self.works = self.works or line.startswith("working for")
                 if words[:1] == ["run"] and len(words) > 2:
                     self.run = words[1].rstrip(":,")
                     text = line.partition(f"{self.run}: ")[2]
@@ -212,6 +214,8 @@ def test_stopped_killed_and_cancelled_in_every_phase_a_run_ends_once(workers, tm
     end = time.monotonic() + 120  # a process of a training needs some time to end on a busy machine
     started = [each for worker in workers for each in descendants(worker.process.pid)]  # the kept ones
     for worker in workers:
+        while not worker.works and worker.process.poll() is None:  # one that has just been started
+            time.sleep(0.05)
         worker.process.terminate()
         assert worker.process.wait(60) == 0, worker.errors[-10:]
     while left := [each for each in started if is_alive(each)]:

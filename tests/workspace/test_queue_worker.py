@@ -6,10 +6,12 @@ import json
 import os
 import re
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from safetensors import safe_open
@@ -246,6 +248,40 @@ def test_a_worker_until_empty_does_not_try_for_ever(workspace, monkeypatch) -> N
         workspace.queue.work(until_empty=True, on_stage=said.append)
     assert [line for line in said if not line.endswith("; trying again")] == []
     assert len(said) == 1
+
+
+def test_a_worker_that_starts_before_its_database_waits_for_it(tmp_path, postgres_server, monkeypatch) -> None:
+    monkeypatch.setattr(queue_worker, "OUTAGE_SECONDS", 0.01)
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        link.symlink_to(postgres_server.folder)
+
+    with postgres_server.database() as name, tempfile.TemporaryDirectory(dir="/tmp") as short:
+        link = Path(short) / "later"
+        url = postgres_server.url(name).replace(quote(str(postgres_server.folder), safe=""), quote(str(link), safe=""))
+        workspace = Workspace(f"{url}&files={tmp_path / 'files'}")
+        with pytest.raises(StoreError, match="cannot be reached"):
+            workspace.queue.work(until_empty=True)
+        assert workspace.queue.work(until_empty=True, on_stage=say) == 0
+        assert [re.sub(r".*(cannot be reached).*:", r"\1", line) for line in said] == [
+            "cannot be reached check host and port, and that the server runs; trying again"
+        ]
+        assert workspace.store.exists()
+
+
+def test_a_worker_that_is_stopped_while_it_waits_for_its_database_ends_as_asked(tmp_path) -> None:
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if line.endswith("trying again"):
+            raise KeyboardInterrupt
+
+    workspace = Workspace(f"postgresql://{tmp_path.name}@127.0.0.1:1/none?files={tmp_path / 'files'}")
+    assert workspace.queue.work(on_stage=say) == 0
+    assert said[1:] == ["stopped"]
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ so that another machine can take what waits.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -65,7 +66,7 @@ CONDUCTOR = "turret.workspace.studying"
 STUDIES = 4  # comparisons and sweeps that a worker conducts at once, beside its slots
 POLL_SECONDS = 1.0  # between two looks at an empty queue
 OUTAGE_SECONDS = 5.0  # after the store did not answer
-MOST_OUTAGES = 12  # in a row, with `until_empty`
+MOST_OUTAGES = 12  # in a row, at the start and with `until_empty`
 MOST_UNANSWERED = 6  # trainings in a row that ended in an outage, with `until_empty`
 STOPPING_SECONDS = 60.0
 SILENT_SECONDS = 3600.0  # without a word of a training
@@ -279,6 +280,28 @@ class Worker:
                 self._pause_until = time.monotonic() + pause
         if self._stopping.is_set():
             raise Interrupted(STOPPED)
+
+
+def start_worker(store: Store, say: Say, slots: int, limits: WorkerLimits) -> Worker:
+    """A worker, once the store answers: PostgreSQL may start beside it, or be restarted.
+
+    Raises:
+        StoreError: the store does not answer for a minute, or may not be written.
+    """
+    for outages in itertools.count(1):
+        try:
+            if not store.writable():
+                raise StoreError(
+                    f"store {store} is read-only here: a worker writes to it; give permission, or another --store"
+                )
+            return Worker(store, say, slots, limits)
+        except StoreError as error:
+            if not error.outage or outages == MOST_OUTAGES:
+                raise
+            if outages == 1:
+                say(f"{error}; trying again")
+        time.sleep(OUTAGE_SECONDS)
+    raise AssertionError
 
 
 def accept_any(_: Entry) -> bool:

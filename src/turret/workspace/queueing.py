@@ -13,7 +13,7 @@ import re
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -187,12 +187,15 @@ class Queue:
         if slots < 1:
             raise RecipeError(f"slots {slots}: expected 1 or more")
         say = on_stage or silent
-        with self._worker(say, slots, most_hours, silent_minutes, bases) as worker:
+        worker = None
+        with ExitStack() as at_end:
             try:
+                worker = self._start_worker(say, slots, most_hours, silent_minutes, bases)
+                at_end.callback(worker.stop)
                 worker.work(until_empty)
             except (KeyboardInterrupt, Interrupted):
                 say("stopped")
-        return worker.count
+        return 0 if worker is None else worker.count
 
     def work_one(
         self,
@@ -213,15 +216,17 @@ class Queue:
         Raises:
             NotFound: no such job.
         """
-        with self._worker(on_stage or silent, 1, most_hours, silent_minutes, bases) as worker:
+        worker = self._start_worker(on_stage or silent, 1, most_hours, silent_minutes, bases)
+        try:
             return worker.run_next() if job is None else worker.finish(job)
+        finally:
+            worker.stop()
 
-    @contextmanager
-    def _worker(
+    def _start_worker(
         self, say: Say, slots: int, most_hours: float | None, silent_minutes: float, bases: Sequence[str]
-    ) -> Iterator[Worker]:
-        """A worker in this process. At the end of the block its trainings return to the queue."""
-        from turret.workspace.queue_worker import Worker, WorkerLimits
+    ) -> Worker:
+        """A worker in this process. Its `stop` returns its trainings to the queue."""
+        from turret.workspace.queue_worker import WorkerLimits, start_worker
 
         for name, value in (("most_hours", most_hours), ("silent_minutes", silent_minutes)):
             if value is not None and not 0 < value < float("inf"):
@@ -229,15 +234,9 @@ class Queue:
         most_seconds = None if most_hours is None else 3600 * most_hours
         stop_on_sigterm()
         check_patterns(["*"], bases)
-        if not self._store.writable():
-            raise StoreError(
-                f"store {self._store} is read-only here: a worker writes to it; give permission, or another --store"
-            )
-        worker = Worker(self._store, say, slots, WorkerLimits(most_seconds, 60 * silent_minutes, bases=tuple(bases)))
-        try:
-            yield worker
-        finally:
-            worker.stop()
+        return start_worker(
+            self._store, say, slots, WorkerLimits(most_seconds, 60 * silent_minutes, bases=tuple(bases))
+        )
 
     def _queue(self) -> JobQueue:
         return JobQueue.of(self._store)
