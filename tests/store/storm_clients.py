@@ -108,6 +108,12 @@ class Program:
     def require_alive(self) -> None:
         assert self._process.poll() is None, f"{self.name} ended by itself: {self.errors(self.life)}"
 
+    def ended_by_outage_at_start(self) -> bool:
+        """Whether a server ended before it had an address, because PostgreSQL did not answer."""
+        if self._process.poll() is None or self.address() is not None:
+            return False
+        return re.search(r"StoreError: .*(cannot be reached|connection was lost)", self.errors(self.life)) is not None
+
     def pause(self) -> list[psutil.Process]:
         """SIGSTOP to all of its processes, which it returns."""
         process = psutil.Process(self._process.pid)

@@ -127,12 +127,12 @@ class Storm:
     def turn(self) -> None:
         """One deed, and what is due."""
         now = time.monotonic()
-        for each in self.programs:
-            each.require_alive()
+        self.require_alive()
         self.s3(now)
         if now > self.next_crash:
             self.crash()
             self.next_crash = time.monotonic() + self.draw.uniform(45, 75)
+            self.require_alive()
         awake = [each for each in self.programs if each not in self.asleep]
         weights = [5 if each in self.servers else 1 for each in awake]
         program = self.draw.choices(awake, weights)[0]
@@ -143,6 +143,18 @@ class Storm:
         else:
             program.kill(with_children=self.draw.random() < 0.5)
             self.deeds["kill"] += 1
+
+    def require_alive(self) -> None:
+        """Nothing ends by itself. A server that PostgreSQL left alone at its start is started again, as in a fleet."""
+        for each in self.programs:
+            if each in self.servers and each.ended_by_outage_at_start():
+                each.start()
+                self.deeds["start again"] += 1
+            each.require_alive()
+
+    def all_answer(self) -> bool:
+        self.require_alive()
+        return all(server.address() for server in self.servers)
 
     def stop(self, program: Program) -> None:
         """Stop a worker for longer than its lease, and a server for some seconds."""
@@ -248,7 +260,7 @@ def storm(
 
 def test_nothing_is_lost_and_nobody_sees_anybody_while_everything_fails(storm) -> None:
     store, tenants, programs, clients = storm.store, storm.tenants, storm.programs, storm.clients
-    wait_for(lambda: all(server.address() for server in storm.servers), 180, "the servers did not start")
+    wait_for(storm.all_answer, 180, "the servers did not start")
     for each in clients:
         each.start()
     begun, said = time.monotonic(), 0.0
@@ -273,7 +285,7 @@ def test_nothing_is_lost_and_nobody_sees_anybody_while_everything_fails(storm) -
     wait_for(lambda: not states(store) - ENDED, DRAIN_SECONDS, lambda: f"the queue is not empty: {states(store)}")
     print(f"{storm.summary()} in {asked:.0f} s; the queue was empty {time.monotonic() - begun - asked:.0f} s later")
     print(f"/healthz answered within {clients[-1].longest:.1f} s, {tenants[-1].counts['healthz']} times")
-    wait_for(lambda: all(server.address() for server in storm.servers), 60, "the servers did not start")
+    wait_for(storm.all_answer, 60, "the servers did not start")
     assert [each.stop() for each in programs] == [0] * len(programs)
     wait_for(lambda: not storm.processes(), 60, lambda: f"left running: {storm.processes()}")
     storm.look()
