@@ -823,6 +823,11 @@ class Recipe(_Section):
                     f"{key} = {one_line(toml_text(value), 60)} is not read by the task {kind}, only by {readers}: "
                     "leave it out, or set task.kind"
                 )
+        if self.data.separator and not self.task.multi_label:
+            raise RecipeError(
+                f"data.separator = {toml_text(self.data.separator)} is between the labels of a cell, and here each has "
+                "one: set task.multi_label = true, or leave data.separator out"
+            )
 
     def changed(self, **changes: JsonValue) -> Recipe:
         """A copy with other values, which are not checked: of keys, or of keys of a table as a dictionary."""

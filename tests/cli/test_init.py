@@ -101,6 +101,14 @@ def test_a_recipe_says_what_it_saw_in_comments(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.glob("*.toml"))
 
 
+@pytest.mark.parametrize("settings", [(), ("--set", "data.separator=;")])
+def test_a_separator_that_is_named_gives_each_text_several_labels(settings: tuple[str, ...], tmp_path: Path) -> None:
+    rows = "".join(f"text {i},{('a;b', 'a', 'b')[i % 3]}\n" for i in range(60))
+    (tmp_path / "t.csv").write_text("text,label\n" + rows)
+    recipe = Recipe.from_toml(typed("init", str(tmp_path / "t.csv"), *settings, "--out", "-")[1])
+    assert (recipe.data.separator, recipe.task.multi_label) == (";", True)
+
+
 @pytest.mark.parametrize(("task", "offered"), [("classify", True), ("score", False)])
 def test_weights_of_classes_are_offered_to_tasks_that_read_them(task: str, offered: bool, tmp_path: Path) -> None:
     rows = [{"text": f"a film as it is, number {i}", "label": "5" if i % 10 else "1"} for i in range(60)]

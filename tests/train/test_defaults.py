@@ -210,6 +210,13 @@ def test_a_prefix_is_trained_through_its_mlp_unless_the_base_is_an_encoder(famil
     adapters.detach(on.model)
 
 
+@pytest.mark.parametrize(("family_kind", "warned"), [("encoder", True), ("decoder", False)])
+def test_a_width_of_an_mlp_that_is_not_there_is_told(family_kind: str, warned: bool) -> None:
+    found = [each.name for each in Prefix(encoder_hidden_size=64).on(family_kind).checks(family_kind)]
+    assert ("encoder_hidden_size" in found) == warned
+    assert "encoder_hidden_size" not in [each.name for each in Prefix().on(family_kind).checks(family_kind)]
+
+
 @pytest.mark.parametrize(("reparametrize", "most"), [(None, 1.01), (True, 1000.0)])
 def test_a_step_moves_the_keys_and_values_of_an_encoder_by_the_rate(reparametrize: bool | None, most: float) -> None:
     """Through the MLP a step of Adam at 1e-3 moves them by up to 0.3, all virtual tokens together: the control."""

@@ -65,7 +65,15 @@ class Prefix(Method):
         return 3e-2 if family_kind == "encoder" else 1e-2
 
     def checks(self, family_kind: str) -> Iterator[Check]:
-        """Whether an encoder's prefix is trained through the MLP, where a step moves all keys and values too far."""
+        """Whether the MLP is there, whose width is set, and is not there for an encoder, which it moves too far."""
+        width = self.encoder_hidden_size
+        if not self.reparametrize and width != type(self).model_fields["encoder_hidden_size"].default:
+            yield Check(
+                "encoder_hidden_size",
+                "warn",
+                f"{width} is the width of an MLP that is not there",
+                "set method.reparametrize = true, or leave method.encoder_hidden_size out",
+            )
         if family_kind != "encoder":
             return
         if not self.reparametrize:
