@@ -18,8 +18,10 @@ import openai
 import psutil
 import pytest
 from server.echo import FINGERPRINT, KILLER, LABELS, words
+from sqlalchemy import select
 from store.bundles import tensors, write_bundle
 
+from turret.database import batches
 from turret.errors import StoreError
 from turret.server.limits import RequestLimits
 from turret.server.openai import batches as batch_routes
@@ -165,16 +167,19 @@ def test_a_file_of_too_many_lines_is_refused_before_any_is_asked(serve, put, cli
 
 
 @pytest.mark.slow
-def test_a_batch_goes_on_in_another_server_and_asks_no_answered_line_again(serve, put, clients, until) -> None:
+def test_a_batch_goes_on_in_another_server_and_asks_no_answered_line_again(
+    serve, put, workspace, clients, until
+) -> None:
     put()
     first = serve(pace=0.1)
     client = clients(first)
     batch = sent(client, [line(number) for number in range(64)])
     until(lambda: 0 < client.batches.retrieve(batch.id).request_counts.completed < 64)
     first.stop()
+    with workspace.store.database().reading() as connection:
+        kept = connection.execute(select(batches.c.done).where(batches.c.id == batch.id)).scalar_one()
     second = serve()
     client = clients(second)
-    kept = client.batches.retrieve(batch.id).request_counts.completed
     done = ended(client, batch)
     assert (done.status, done.request_counts.completed) == ("completed", 64)
     assert list(read(client, done.output_file_id)) == [f"n{number}" for number in range(64)]
