@@ -102,7 +102,10 @@ PRODUCTS = {  # operation -> where it is written: module, and function
         "adapters/prefix.py _Outer.backward",
         "adapters/prefix.py _Outer.forward",
     },
-    "the routed layer, which asks its pool": {"adapters/layers.py RoutedLinear.forward"},
+    "the routed layer, which asks its pool, which adds an axis": {
+        "adapters/layers.py RoutedLinear.forward",
+        "engine/adapter_pool.py AdapterPool.linear",
+    },
     "cosines of vectors": {"tasks/embedding.py _rank_texts", "tasks/embedding.py multiple_negatives"},
     "a head that is solved": {"train/linear_start.py _logits", "train/linear_start.py solve"},
     "statistics": {
