@@ -54,6 +54,7 @@ VERBS += [
     "report",
     "course",
 ]
+IMPORT = re.compile(r"^( *from (turret[\w.]*) import (\([^)]*\)|[^\n#]+))", re.MULTILINE)
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
@@ -374,3 +375,36 @@ def test_every_test_that_a_page_names_is_there() -> None:
         for file, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(test_\w+))?`", path.read_text(encoding="utf-8")):
             assert (ROOT / file).exists(), file
             assert not name or re.search(rf"^def {name}\b", page(file), re.MULTILINE), f"{file}::{name}"
+
+
+def test_every_name_that_a_page_imports_from_turret_is_there() -> None:
+    checked = 0
+    for path in PAGES:
+        found = [each for each in blocks(path.read_text(encoding="utf-8")) if each.language == "python"]
+        own = {each.title for each in found}  # modules that the page writes
+        for line, module, listed in (each for block in found for each in IMPORT.findall(block.content)):
+            where = SOURCE.joinpath(*module.split(".")[1:])
+            file = where / "__init__.py" if where.is_dir() else where.with_suffix(".py")
+            if file.relative_to(ROOT).as_posix() not in own:
+                names = {each.split(" as ")[0].strip() for each in listed.strip("()\n ").split(",")} - {""}
+                assert names <= bound_in(file), f"{path}: {line}"
+                checked += 1
+    assert checked > 20
+
+
+def bound_in(path: Path) -> set[str]:
+    """The names of a module: what it defines, assigns and imports, what its `__all__` says, modules of a package."""
+    text = path.read_text(encoding="utf-8")
+    body = module_of(text).body
+    imported = {
+        each.asname or each.name
+        for node in body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for each in node.names
+    }
+    targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+    targets += [node.target for node in body if isinstance(node, ast.AnnAssign)]
+    assigned = {each.id for each in targets if isinstance(each, ast.Name)}
+    public = set(re.findall(r'^    "(\w+)",$', text, re.MULTILINE))
+    modules = {each.stem for each in path.parent.iterdir()} if path.stem == "__init__" else set()
+    return defined_in(path) | imported | assigned | public | modules
