@@ -236,10 +236,9 @@ def test_a_plan_that_refuses_trains_nothing_and_writes_nothing(trained, tmp_path
     assert not workspace.store.root.exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["plan", "compare"])
 def test_a_setting_that_the_task_does_not_read_is_refused_before_a_base_is_loaded(verb, tmp_path) -> None:
-    reviews = write_reviews(tmp_path)
+    reviews = write_reviews(tmp_path / "data")
     recipe = Recipe(name="x", base=str(tmp_path / "none"), data=str(reviews), task={"max_new_tokens": 8})
     with pytest.raises(RecipeError, match=r"task\.max_new_tokens = 8 is not read by the task classify, only by chat"):
         getattr(Workspace(tmp_path / "store"), verb)(recipe)
