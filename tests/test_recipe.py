@@ -274,6 +274,7 @@ def test_several_mistakes_are_told_at_once() -> None:
         ("embedding", {"train": {"head_lr_ratio": 5.0}}, "train.head_lr_ratio = 5.0 is not read by the task embedding"),
         ("generate", {"data": {"source": "x", "separator": ";"}}, 'data.separator = ";" is not read by'),
         ("classify", {"data": {"source": "x", "separator": ";"}}, 'data.separator = ";" is between the labels'),
+        ("score", {"data": {"source": "x", "separator": ";"}}, "here each has one: leave data.separator out"),
         ("chat", {"task": {"beta": 0.2}}, "task.beta = 0.2 is not read by the task chat, only by preference"),
         ("summarize", {"task": {"multi_label": True}}, "task.multi_label = true is not"),
     ],

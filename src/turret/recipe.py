@@ -824,9 +824,10 @@ class Recipe(_Section):
                     "leave it out, or set task.kind"
                 )
         if self.data.separator and not self.task.multi_label:
+            remedy = "set task.multi_label = true, or " if "task.multi_label" in own else ""
             raise RecipeError(
                 f"data.separator = {toml_text(self.data.separator)} is between the labels of a cell, and here each has "
-                "one: set task.multi_label = true, or leave data.separator out"
+                f"one: {remedy}leave data.separator out"
             )
 
     def changed(self, **changes: JsonValue) -> Recipe:

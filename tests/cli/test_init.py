@@ -107,6 +107,9 @@ def test_a_separator_that_is_named_gives_each_text_several_labels(settings: tupl
     (tmp_path / "t.csv").write_text("text,label\n" + rows)
     recipe = Recipe.from_toml(typed("init", str(tmp_path / "t.csv"), *settings, "--out", "-")[1])
     assert (recipe.data.separator, recipe.task.multi_label) == (";", True)
+    ordered = ("--set", "task.kind=score", "--set", "data.separator=;", "--out", "-")
+    recipe = Recipe.from_toml(typed("init", str(tmp_path / "t.csv"), *ordered)[1])
+    assert (recipe.data.separator, recipe.task.multi_label) == (";", False), "each text has one level"
 
 
 @pytest.mark.parametrize(("task", "offered"), [("classify", True), ("score", False)])

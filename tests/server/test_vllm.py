@@ -328,22 +328,22 @@ def test_a_client_that_leaves_ends_its_request_in_vllm(house: House) -> None:
         return False
 
     end = house.running.engine.base.tokenizer.eos_token_id
-    body = {"model": "a@1", "prompt": "x", "max_tokens": 200, "logit_bias": {str(end): -100}}
+    body = {"prompt": "x", "max_tokens": 200, "logit_bias": {str(end): -100}}
 
     def stay() -> None:
-        got = client.post("/v1/completions", json=body)
+        got = completed(client, "a@1", **body)
         assert got.json()["usage"]["completion_tokens"] == 200, got.text
 
     def leave() -> None:
-        with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as stream:
+        with client.stream("POST", "/v1/completions", json=body | {"model": "a@1", "stream": True}) as stream:
             first = next(stream.iter_lines())
             assert (stream.status_code, '"text"' in first) == (200, True), first
 
     def stop() -> None:
-        got = client.post("/v1/completions", json=body | {"stop": [word]})
+        got = completed(client, "a@1", **body, stop=[word])
         assert got.json()["choices"][0]["finish_reason"] == "stop", got.text
 
-    word = client.post("/v1/completions", json=body).json()["choices"][0]["text"][3:5]
+    word = texts(completed(client, "a@1", **body))[0][3:5]
     assert not ends_early(stay), "control: nobody leaves"
     assert ends_early(leave)
     assert ends_early(stop), "a stop text ends the request in vLLM too"

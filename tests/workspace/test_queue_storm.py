@@ -215,6 +215,7 @@ def test_stopped_killed_and_cancelled_in_every_phase_a_run_ends_once(workers, tm
     started = [each for worker in workers for each in descendants(worker.process.pid)]  # the kept ones
     for worker in workers:
         while not worker.works and worker.process.poll() is None:  # one that has just been started
+            assert time.monotonic() < end, "a worker did not start"
             time.sleep(0.05)
         worker.process.terminate()
         assert worker.process.wait(60) == 0, worker.errors[-10:]

@@ -903,8 +903,7 @@ def _count_repeated(table: Table, columns: Columns) -> int:
 def _with_labels(found: Profile, data: DataSettings, columns: Columns) -> Profile:
     facts, several = found.facts[columns.answer], columns.schema.several
     counts = Counter({label: count for label, count in facts.values.items() if label.strip()})
-    separator = data.separator
-    many = (facts.several > 0 or bool(separator)) and not several
+    many, separator = facts.several > 0 and not several, data.separator
     if not (many or several) and separator is None and (joined := cells.joined_by(counts)) is not None:
         separator, many = joined[0], True
     if separator:

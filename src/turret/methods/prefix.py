@@ -12,6 +12,8 @@ from turret.families.family import Family
 from turret.manifest import AdapterConfig
 from turret.methods.method import Check, Method, Operation
 
+MLP_WIDTH = 512
+
 
 class Prefix(Method):
     """Prefix tuning: P trained keys and values in front of every attention layer (Li & Liang 2021).
@@ -46,7 +48,7 @@ class Prefix(Method):
     num_virtual_tokens: int = Field(default=20, ge=1, le=4096)
     init_text: str | None = None
     reparametrize: bool | None = None
-    encoder_hidden_size: int = Field(default=512, ge=1, le=16384)
+    encoder_hidden_size: int = Field(default=MLP_WIDTH, ge=1, le=16384)
     encoder: bool = True
 
     def on(self, family_kind: str) -> Self:
@@ -65,9 +67,12 @@ class Prefix(Method):
         return 3e-2 if family_kind == "encoder" else 1e-2
 
     def checks(self, family_kind: str) -> Iterator[Check]:
-        """Whether the MLP is there, whose width is set, and is not there for an encoder, which it moves too far."""
+        """Whether a width is set and there is no MLP, and whether an encoder's prefix is trained through one.
+
+        There a step moves all keys and values too far.
+        """
         width = self.encoder_hidden_size
-        if not self.reparametrize and width != type(self).model_fields["encoder_hidden_size"].default:
+        if not self.reparametrize and width != MLP_WIDTH:
             yield Check(
                 "encoder_hidden_size",
                 "warn",

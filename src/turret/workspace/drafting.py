@@ -212,7 +212,7 @@ def _write_data(text: _Lines, table: Table, recipe: Recipe, seen: Profile, asked
 def _write_task(text: _Lines, seen: Profile, asked: Mapping[str, Plain]) -> None:
     text.table("task", asked)
     text.set("kind", seen.kind)
-    if seen.multi_label:
+    if seen.multi_label or (seen.separator and "task.multi_label" in task_of(seen.kind).settings):
         text.set("multi_label", True, "any number of classes per text")
     inputs = sum(seen.facts[name].usual_length for role, name in seen.roles.items() if role not in OUTPUTS)
     targets = [name for role, name in seen.roles.items() if role in TARGETS or role == "messages"]

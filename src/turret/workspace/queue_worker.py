@@ -16,7 +16,6 @@ so that another machine can take what waits.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import subprocess
@@ -288,7 +287,8 @@ def start_worker(store: Store, say: Say, slots: int, limits: WorkerLimits) -> Wo
     Raises:
         StoreError: the store does not answer for a minute, or may not be written.
     """
-    for outages in itertools.count(1):
+    outages = 0
+    while True:
         try:
             if not store.writable():
                 raise StoreError(
@@ -296,12 +296,12 @@ def start_worker(store: Store, say: Say, slots: int, limits: WorkerLimits) -> Wo
                 )
             return Worker(store, say, slots, limits)
         except StoreError as error:
+            outages += 1
             if not error.outage or outages == MOST_OUTAGES:
                 raise
             if outages == 1:
                 say(f"{error}; trying again")
         time.sleep(OUTAGE_SECONDS)
-    raise AssertionError
 
 
 def accept_any(_: Entry) -> bool:

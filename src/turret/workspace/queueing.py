@@ -13,7 +13,6 @@ import re
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -188,13 +187,14 @@ class Queue:
             raise RecipeError(f"slots {slots}: expected 1 or more")
         say = on_stage or silent
         worker = None
-        with ExitStack() as at_end:
-            try:
-                worker = self._start_worker(say, slots, most_hours, silent_minutes, bases)
-                at_end.callback(worker.stop)
-                worker.work(until_empty)
-            except (KeyboardInterrupt, Interrupted):
-                say("stopped")
+        try:
+            worker = self._start_worker(say, slots, most_hours, silent_minutes, bases)
+            worker.work(until_empty)
+        except (KeyboardInterrupt, Interrupted):
+            say("stopped")
+        finally:
+            if worker is not None:
+                worker.stop()
         return 0 if worker is None else worker.count
 
     def work_one(
