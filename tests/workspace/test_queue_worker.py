@@ -583,14 +583,18 @@ class TestFleet:
         assert [str(version) for version in workspace.list()] == ["reviews@1"]
 
     def test_an_outage_of_s3_costs_no_try(self, machine, start, tmp_path, s3_server, monkeypatch) -> None:
-        """75 seconds of 503, from a moment within the steps on. Three tries would be over in that time."""
+        """75 seconds of 503, from a moment within the steps on. Three tries would be over in that time.
+
+        The steps last for about ten seconds, so that the outage begins before the version is stored.
+        """
         workspace = Workspace(machine("desk"))
-        run = workspace.queue.submit(recipe_in(tmp_path, **STEPS))["id"]
+        run = workspace.queue.submit(recipe_in(tmp_path, **STEPS | {"train.epochs": "400"}))["id"]
         with proxied(s3_server) as (proxy, address):
             monkeypatch.setenv("AWS_ENDPOINT_URL", address)
             worker = start(machine("one"))
             until(lambda: any(each["line"].startswith("step") for each in workspace.queue.log(run)))
             proxy.rule("refuse", times=1_000_000)
+            assert workspace.run(run)["state"] == "running"
             end = time.monotonic() + 75
             until(lambda: time.monotonic() > end, 100)
             assert len(proxy.seen) > 4
