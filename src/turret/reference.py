@@ -23,7 +23,7 @@ from turret.errors import BadReference
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}", re.ASCII)
 _VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 MOST_COMPOSED = 8  # adapters of one composition
-_ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,31}", re.ASCII)
+ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,31}", re.ASCII)
 
 
 def _quote_text(text: str) -> str:
@@ -58,7 +58,7 @@ def check_name(name: str) -> str:
 
 def check_alias(alias: str) -> str:
     """Return `alias` if it is a valid alias. Raises BadReference."""
-    if not _ALIAS.fullmatch(alias):
+    if not ALIAS.fullmatch(alias):
         raise BadReference(
             f"bad alias {_quote_text(alias)}: expected 1 to 32 of a-z 0-9 - _, a letter first, such as production"
         )
@@ -82,7 +82,7 @@ class Reference:
             return cls(name)
         if _VERSION.fullmatch(tail):
             return cls(name, version=int(tail))
-        if _ALIAS.fullmatch(tail):
+        if ALIAS.fullmatch(tail):
             return cls(name, alias=tail)
         raise BadReference(
             f"bad reference {_quote_text(text)}: expected after '@' a version number such as {name}@3 "

@@ -432,6 +432,8 @@ def test_a_gate_and_golden_examples_are_set_and_taken_back(serve, workspace, put
     for words in ("a@1 does not pass: found 0.8", "2 golden examples are asked", "50% must be right"):
         assert words in said.text, words
     assert workspace.gate("a") == [], "nothing is set"
+    got = post(client, "/adapters/a/gates", **fields | {"alias": "Beta"}, do="start")
+    assert (got.status_code, "expected 1 to 32 of a-z 0-9 - _" in got.text) == (400, True)
     assert post(client, "/adapters/a/gates", **fields, do="start").status_code == 303
     first, second = map(str, workspace.gate("a"))
     assert first == "test.accuracy>=0.9"

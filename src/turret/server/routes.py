@@ -16,7 +16,7 @@ from fastapi import APIRouter, Depends, Request, Response, Security, params
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import from_json
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
@@ -26,8 +26,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from turret.errors import BadRequest, Disconnected, TooLarge, printable
 from turret.experiments.experiment import MOST_ARMS
 from turret.json_types import JsonObject, JsonValue, Plain
+from turret.reference import ALIAS, check_alias
 from turret.server import limits, services
 from turret.server.auth import Caller, access_of
+from turret.server.error_responses import as_bad_request
 from turret.server.limits import RequestLimits, replay_body
 from turret.store.client_files import TABLE, ClientFile
 from turret.workspace.queueing import require_table_name
@@ -75,7 +77,19 @@ USER = "The unit of an experiment, if there is no Turret-Unit header."
 # An invalid name is 404, like an unknown one: `turret.reference` checks it.
 Reference = Annotated[str, Field(min_length=1, max_length=200)]
 AdapterName = Annotated[str, Field(min_length=1, max_length=200)]
-AliasName = Annotated[str, Field(min_length=1, max_length=32, pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+
+
+def check_alias_name(text: str) -> str:
+    """The text if it is a valid alias. Raises BadRequest, which says more than a pattern that does not match."""
+    with as_bad_request():
+        return check_alias(text)
+
+
+AliasName = Annotated[
+    str,
+    Field(min_length=1, max_length=32, json_schema_extra={"pattern": f"^{ALIAS.pattern}$"}),
+    AfterValidator(check_alias_name),
+]
 Gate = Annotated[
     str,
     Field(max_length=300, pattern=r"^[^<>=\x00-\x1f]{1,200}(>=|<=|>|<)-?[0-9]{1,15}(\.[0-9]{1,15})?(e-?[0-9]{1,2})?$"),

@@ -12,12 +12,10 @@ from fastapi import Path, Query, Response
 from turret.compare.evaluation_page import Live, decided_plot, reliability_plot, shown_details, steps
 from turret.errors import BadRequest, NotFound, TurretError
 from turret.manifest import Manifest, base_in
-from turret.reference import check_alias
 from turret.server import moves
 from turret.server.console import render, snippets
 from turret.server.console.render import Form, Page, Sent, pages
-from turret.server.error_responses import as_bad_request
-from turret.server.routes import View
+from turret.server.routes import View, check_alias_name
 from turret.store import Panel, Question, Version, fold_comparisons, promises
 from turret.store.catalog import PRODUCTION
 from turret.tasks.shapes import SplitMetrics, number_in, parts_in
@@ -104,7 +102,7 @@ async def ask(
 @router.post("/adapters/{name}/move/promote")
 async def post_promote(page: Page, view: View, name: Name, form: Sent) -> Response:
     """Move an alias to a version."""
-    reference, alias = _version_in(form, name), _alias(form.text("alias"))
+    reference, alias = _version_in(form, name), check_alias_name(form.text("alias"))
     await moves.move_alias(view, reference, alias)
     return page.redirect(f"/adapters/{name}?moved={alias}")
 
@@ -112,7 +110,7 @@ async def post_promote(page: Page, view: View, name: Name, form: Sent) -> Respon
 @router.post("/adapters/{name}/move/rollback")
 async def post_rollback(page: Page, view: View, name: Name, form: Sent) -> Response:
     """Move an alias back to the version that it named before."""
-    alias = _alias(form.text("alias"))
+    alias = check_alias_name(form.text("alias"))
     await moves.roll_back(view, name, alias)
     return page.redirect(f"/adapters/{name}?moved={alias}")
 
@@ -185,12 +183,6 @@ def _version_in(form: Form, name: str) -> str:
     if not re.fullmatch("[0-9]{1,9}", number):
         raise BadRequest(f"version {ascii(number)[:40]}: expected a number of at most 9 digits")
     return f"{name}@{int(number)}"
-
-
-def _alias(text: str) -> str:
-    with as_bad_request():
-        check_alias(text)
-    return text
 
 
 # --- panels -----------------------------------------------------------------------------------------------------------
