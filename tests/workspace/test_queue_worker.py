@@ -42,6 +42,11 @@ ENDLESS = {"train.epochs": "1000000000000", "train.max_steps": "none", "train.lr
 STEPS = {"train.epochs": "3", "train.checkpoint_every": "1", "train.max_steps": "none"}
 
 
+def has_step(workspace: Workspace, run: str) -> bool:
+    """Whether the log of a run has a training step."""
+    return any(each["line"].startswith("step") for each in workspace.queue.log(run))
+
+
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
     return Workspace(tmp_path / "store")
@@ -333,7 +338,7 @@ def test_a_training_that_hangs_is_killed_and_tried_again_and_its_worker_ends_whe
     """SIGSTOP for the process that trains. The lease is renewed meanwhile, so no other worker would take it."""
     run = workspace.queue.submit(recipe_in(tmp_path, **STEPS | {"train.epochs": "2000"}))["id"]
     worker = start(str(workspace.store.root), "--silent-minutes", "2")
-    until(lambda: any(each["line"].startswith("step") for each in workspace.queue.log(run)), 600)
+    until(lambda: has_step(workspace, run), 600)
     (child,) = children(worker.pid)
     os.kill(child, signal.SIGSTOP)
     until(lambda: not is_there(child), 300)
@@ -592,7 +597,7 @@ class TestFleet:
         with proxied(s3_server) as (proxy, address):
             monkeypatch.setenv("AWS_ENDPOINT_URL", address)
             worker = start(machine("one"))
-            until(lambda: any(each["line"].startswith("step") for each in workspace.queue.log(run)))
+            until(lambda: has_step(workspace, run))
             proxy.rule("refuse", times=1_000_000)
             assert workspace.run(run)["state"] == "running"
             end = time.monotonic() + 75
@@ -627,7 +632,7 @@ class TestFleet:
         workspace = Workspace(machine("desk"))
         run = workspace.queue.submit(recipe_in(tmp_path, **STEPS | {"train.epochs": "2000"}))["id"]
         start(machine("one"))
-        until(lambda: any(each["line"].startswith("step") for each in workspace.queue.log(run)))
+        until(lambda: has_step(workspace, run))
         assert workspace.queue.cancel(run)["state"] == "running"
         until(lambda: workspace.run(run)["state"] == "cancelled", 30)
         assert list(workspace.list()) == []
