@@ -134,7 +134,8 @@ def test_gates_hold_and_are_told(serve, put, workspace) -> None:
     assert (got.status_code, got.json()["error"]["code"]) == (409, "gate_failed")
     got = client.post("/api/adapters/a@1/promote", json={"alias": "beta", "require": ["loss<1"]})
     assert got.json()["error"]["code"] == "gate_failed"
-    assert client.post("/api/adapters/a@1/promote", json={"alias": "beta", "require": ["nonsense"]}).status_code == 400
+    got = client.post("/api/adapters/a@1/promote", json={"alias": "beta", "require": ["nonsense"]})
+    assert (got.status_code, "bad gate 'nonsense': expected a metric" in got.text) == (400, True)
     got = client.post("/api/adapters/a@1/promote", json={"alias": "Beta"})
     assert (got.status_code, "bad alias 'Beta': expected 1 to 32" in got.text) == (400, True)
 

@@ -449,7 +449,7 @@ def test_a_gate_and_golden_examples_are_set_and_taken_back(serve, workspace, put
     assert post(client, "/adapters/a/gates", alias="production", remove=first).status_code == 303
     assert [str(each) for each in workspace.gate("a")] == [second]
     got = client.post(
-        "/api/adapters/a/gates", json={"alias": "production", "remove": [second], "add": ["accuracy>0.5"]}
+        "/api/adapters/a/gates", json={"alias": "production", "remove": [second], "add": ["accuracy > .5"]}
     )
     assert [each["gate"] for each in got.json()["gates"]] == ["test.accuracy>0.5"]
     for more, status in (

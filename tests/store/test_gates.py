@@ -16,7 +16,17 @@ def test_a_gate_without_a_split_is_of_the_test_split() -> None:
     assert Gate.parse("test bare base.rougeL<=1e-1") == Gate("", "test bare base", "rougeL", "<=", 0.1)
 
 
-@pytest.mark.parametrize("text", ["accuracy>=0.9", "test.loss<1e-05", "x.per_class.tech.f1>0", "loss<=3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "accuracy>=0.9",
+        "test.loss<1e-05",
+        "loss<1e+16",
+        "loss<0.00012345678901234567",
+        "x.per_class.tech.f1>0",
+        "loss<=3",
+    ],
+)
 def test_a_gate_reads_back_as_it_is_printed(text) -> None:
     assert Gate.parse(str(Gate.parse(text))) == Gate.parse(text)
 
@@ -33,6 +43,10 @@ def test_a_gate_reads_back_as_it_is_printed(text) -> None:
         "a>=b",
         "a>=nan",
         "a>=inf",
+        "a>=1e999",
+        "a>=1_0",
+        "a>=.",
+        " >=1",
         "a>1>2",
         "a\n>1",
         "a" * 201 + ">1",

@@ -16,11 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from turret.errors import ReplayNeeded
 from turret.experiments import Guards
 from turret.experiments.experiment import LONGEST_TTL, MISSING_BOUND, MOST_ARMS, MOST_MISSING, OUTCOME_TTL
-from turret.server.error_responses import as_bad_request, without_paths
-from turret.server.routes import AliasName, Model, Reference, Share, Shares, find_file
-from turret.server.routes import Gate as GateText
+from turret.server.error_responses import without_paths
+from turret.server.routes import AliasName, GateText, Model, Reference, Share, Shares, find_file
 from turret.server.services import View
-from turret.store import Gate, Move
+from turret.store import Move
 from turret.store.client_files import TABLE
 from turret.store.gates import GateStatus
 from turret.workspace.experimenting import ExperimentStatus
@@ -156,7 +155,6 @@ async def move_alias(
         require: Gates, besides those of the adapter.
         replay: Whether golden examples are asked again that the version has answered before.
     """
-    _check_gates(require)
     exact = str(await view.control(view.workspace.resolve, reference))
     name = exact.partition("@")[0]
     if alias == view.services.settings.alias or await view.control(serving, view, name, alias) is not None:
@@ -173,12 +171,6 @@ async def _promote_version(view: View, exact: str, alias: str, require: Sequence
     return await view.promoting(
         view.workspace.promote, exact, alias, require=require, replay=replay, ask=view.golden_answers
     )
-
-
-def _check_gates(texts: Sequence[str]) -> None:
-    with as_bad_request():
-        for text in texts:
-            Gate.parse(text)
 
 
 async def roll_back(view: View, name: str, alias: str) -> Move:
@@ -228,7 +220,6 @@ async def end_experiment(
 
 def change_gates(view: View, name: str, asked: GateRequest) -> Sequence[GateStatus]:
     """Add and remove gates of an alias. Returns all gates of the name, and whether each passes now."""
-    _check_gates(asked.add)
     view.workspace.resolve(name)
     with golden_file(asked.golden) as golden:
         view.workspace.gate(name, asked.alias, add=asked.add, remove=asked.remove, golden=golden, share=asked.share)

@@ -32,6 +32,7 @@ from turret.server.auth import Caller, access_of
 from turret.server.error_responses import as_bad_request
 from turret.server.limits import RequestLimits, replay_body
 from turret.store.client_files import TABLE, ClientFile
+from turret.store.gates import GATE, Gate
 from turret.workspace.queueing import require_table_name
 
 # --- schemas ----------------------------------------------------------------------------------------------------------
@@ -90,9 +91,17 @@ AliasName = Annotated[
     Field(min_length=1, max_length=32, json_schema_extra={"pattern": f"^{ALIAS.pattern}$"}),
     AfterValidator(check_alias_name),
 ]
-Gate = Annotated[
-    str,
-    Field(max_length=300, pattern=r"^[^<>=\x00-\x1f]{1,200}(>=|<=|>|<)-?[0-9]{1,15}(\.[0-9]{1,15})?(e-?[0-9]{1,2})?$"),
+
+
+def check_gate(text: str) -> str:
+    """The text if it is a valid gate. Raises BadRequest, as `check_alias_name` does."""
+    with as_bad_request():
+        Gate.parse(text)
+    return text
+
+
+GateText = Annotated[
+    str, Field(max_length=300, json_schema_extra={"pattern": f"^{GATE.pattern}$"}), AfterValidator(check_gate)
 ]
 Share = Annotated[float, Field(ge=0, le=1)]
 ArmName = Annotated[str, Field(min_length=1, max_length=200)]

@@ -29,7 +29,10 @@ from turret.tasks.shapes import SplitMetrics
 
 FORGETTING = "forgetting"  # the metrics that `workspace.forgetting` measures
 _RELATIONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-_GATE = re.compile(r" *([^<>=\x00-\x1f]{1,200}?) *(>=|<=|>|<) *([^<>=\s]{1,40}) *")
+GATE = re.compile(
+    r" *([^ <>=\x00-\x1f][^<>=\x00-\x1f]{0,199}?) *(>=|<=|>|<)"
+    r" *([+-]?([0-9]{1,25}\.?[0-9]{0,25}|\.[0-9]{1,25})([eE][+-]?[0-9]{1,2})?) *"
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -48,18 +51,14 @@ class Gate:
     @classmethod
     def parse(cls, text: str, alias: str = "") -> Gate:
         """Parse a gate such as `accuracy>=0.9`; raises BadReference."""
-        found = _GATE.fullmatch(text)
-        try:
-            threshold = float(found[3]) if found else math.nan
-        except ValueError:
-            threshold = math.nan
-        if found is None or not math.isfinite(threshold):
+        found = GATE.fullmatch(text)
+        if found is None:
             raise BadReference(
                 f"bad gate {ascii(text)[:60]}: expected a metric, one of >= > <= < and a number, such as accuracy>=0.9 "
                 "or test.loss<0.4"
             )
         split, metric = _split_and_metric(found[1])
-        return cls(alias, split, metric, found[2], threshold)
+        return cls(alias, split, metric, found[2], float(found[3]))
 
     def as_json(self) -> JsonObject:
         return {**asdict(self), "gate": str(self)}

@@ -14,7 +14,7 @@ from turret.engine import Named
 from turret.json_types import JsonObject, JsonValue
 from turret.reference import Reference as ParsedReference
 from turret.server import moves
-from turret.server.routes import AdapterName, AliasName, Gate, Model, Owner, Reference, View, router
+from turret.server.routes import AdapterName, AliasName, GateText, Model, Owner, Reference, View, router
 from turret.store import Move, fold_comparisons
 from turret.store import Version as StoredVersion
 from turret.store.catalog import now, plain, who
@@ -34,7 +34,7 @@ class LoadRequest(Model):
 
 class PromoteRequest(Model):
     alias: AliasName
-    require: Annotated[list[Gate], Field(max_length=32, fail_fast=True)] = Field(default_factory=list)
+    require: Annotated[list[GateText], Field(max_length=32, fail_fast=True)] = Field(default_factory=list)
     replay: bool = Field(False, description="Ask golden examples again that this version has answered before.")
 
 
