@@ -1,8 +1,8 @@
 """Proves bundles in processes that a test session forks from one that has imported what a proof needs.
 
-Each of them loads the bundle and the base from disk, as a fresh one does. To import takes four seconds of processor
-time, a third of the whole time of many tests. `tests/train/test_proof.py` starts fresh ones, and holds the reports of
-both to be the same.
+Each of them loads the bundle and the base from disk, as a fresh one does. To import takes four to eight seconds of
+processor time, a third of the whole time of many tests. `tests/train/test_proof.py` starts fresh ones, and holds the
+reports of both to be the same.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import multiprocessing
 import os
 from multiprocessing.context import BaseContext
 from pathlib import Path
+
+import pytest
 
 from turret.process import environment
 from turret.train import proof
@@ -28,11 +30,16 @@ class ForkedProofs:
         self._context: BaseContext | None = None
         if "forkserver" in multiprocessing.get_all_start_methods():
             self._context = multiprocessing.get_context("forkserver")
-            self._context.set_forkserver_preload(["turret.train.proof"])
+            self._context.set_forkserver_preload(["ready_to_prove"])
 
     def __call__(self, folder: Path, timeout: float) -> str:
         if self._context is None or os.environ.get("PYTHONPATH") != self._path:  # read when Python starts
             return self.run(folder, timeout)
+        from multiprocessing import forkserver  # Windows has none
+
+        with pytest.MonkeyPatch.context() as patch:  # of the first process, from which all are forked
+            patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(Path(__file__).parent), self._path])))
+            forkserver.ensure_running()
         process = self._context.Process(target=_read_back, args=(str(folder), environment()))
         process.start()
         process.join(timeout)

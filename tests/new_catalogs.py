@@ -32,8 +32,7 @@ class RecordedMigrations:
         if database._schema_of(connection) is not None:
             self.run(connection)
         elif dialect in self._statements:
-            for statement, parameters in self._statements[dialect]:
-                connection.exec_driver_sql(statement, parameters or None)
+            self._repeat(connection, self._statements[dialect])
         else:
             self._statements[dialect] = self._recorded(connection)
 
@@ -50,3 +49,11 @@ class RecordedMigrations:
         finally:
             event.remove(connection, "before_cursor_execute", seen)
         return found
+
+    @staticmethod
+    def _repeat(connection: Connection, statements: list[tuple[str, Any]]) -> None:
+        if connection.dialect.name == "postgresql" and not any(parameters for _, parameters in statements):
+            connection.connection.cursor().execute(";\n".join(statement for statement, _ in statements))  # in one message
+            return
+        for statement, parameters in statements:
+            connection.exec_driver_sql(statement, parameters or None)

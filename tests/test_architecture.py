@@ -38,11 +38,12 @@ QUICK += (
 QUICK += ("turret.client", "turret.server.app")
 
 
-def loaded_by(statement: str) -> set[str]:
-    """The heavy modules that a fresh interpreter has loaded after `statement`."""
-    program = f"import json, sys\n{statement}\nprint(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+def loaded_by(*statements: str) -> dict[str, set[str]]:
+    """The heavy modules that a fresh interpreter has loaded after each of the statements, carried out in turn."""
+    told = f"print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    program = "\n".join(["import json, sys", *(f"{each}\n{told}" for each in statements)])
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
-    return set(json.loads(out.stdout.splitlines()[-1]))
+    return {each: set(json.loads(line)) for each, line in zip(statements, out.stdout.splitlines(), strict=True)}
 
 
 def test_rooms_import_downward_only_and_what_answers_quickly_imports_no_torch() -> None:
@@ -53,20 +54,19 @@ def test_rooms_import_downward_only_and_what_answers_quickly_imports_no_torch() 
     assert out.returncode == 0, out.stdout
 
 
-@pytest.mark.parametrize("module", QUICK)
-def test_importing_it_loads_nothing_heavy(module: str) -> None:
-    assert loaded_by(f"import {module}") == set()
+def test_what_answers_quickly_loads_nothing_heavy() -> None:
+    names = "turret.Recipe, turret.LoRA, turret.Prefix, turret.Head, turret.Full, turret.TurretError, turret.Workspace"
+    light = f"import turret; {names}; turret.LoRA(r=4); dir(turret)"
+    loaded = loaded_by(*(f"import {module}" for module in QUICK), light, "from turret.engine import Limits")
+    assert {statement: heavy for statement, heavy in loaded.items() if heavy} == {}
 
 
 @pytest.mark.slow
 def test_what_conducts_a_comparison_loads_no_torch_beside_its_trainings() -> None:
-    assert loaded_by("import turret.workspace.comparing") <= {"numpy"}
-    assert "torch" in loaded_by("import turret.workspace.measure")  # of a training's own process
-
-
-def test_the_light_names_load_nothing_heavy() -> None:
-    light = "turret.Recipe, turret.LoRA, turret.Prefix, turret.Head, turret.Full, turret.TurretError, turret.Workspace"
-    assert loaded_by(f"import turret; {light}; turret.LoRA(r=4); dir(turret)") == set()
+    comparing, measure = "import turret.workspace.comparing", "import turret.workspace.measure"
+    loaded = loaded_by(comparing, measure)
+    assert loaded[comparing] <= {"numpy"}
+    assert "torch" in loaded[measure]  # of a training's own process
 
 
 def test_the_public_names_are_these_and_each_is_there() -> None:
@@ -241,8 +241,7 @@ def test_the_test_of_hidden_modules_sees_both_kinds(tmp_path: Path) -> None:
     assert shadowing(tmp_path) == ["house.house", "house.load"]
 
 
-def test_the_engine_is_where_one_looks_for_it_and_loads_nothing_before_it_is_used() -> None:
-    assert loaded_by("from turret.engine import Limits") == set()
+def test_the_engine_is_where_one_looks_for_it() -> None:
     from turret.engine import Engine
 
     assert Engine.__name__ == "Engine"

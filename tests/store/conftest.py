@@ -1,6 +1,7 @@
 """Small bundles: the store looks only at the files and at the digest of the manifest.
 
-The fixture `store` is one of each kind in turn: a folder, and a catalog on PostgreSQL with its files on S3.
+The fixture `store` is one of each kind in turn: a folder, and a catalog on PostgreSQL. The catalog's files are in a
+folder, and on S3 in the modules that say `FILES = "s3"`, because they test the files.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
 @pytest.fixture(params=["folder", "url"])
 def where(request: pytest.FixtureRequest, tmp_path: Path, new_url: Callable[..., str]) -> str:
     """A value of `--store`."""
-    return str(tmp_path / "store") if request.param == "folder" else new_url()
+    if request.param == "folder":
+        return str(tmp_path / "store")
+    return new_url(getattr(request.module, "FILES", str(tmp_path / "files")))
 
 
 @pytest.fixture

@@ -15,14 +15,8 @@ WRITER = Path(__file__).with_name("writer.py")
 
 
 @failing_disk.needed
-@pytest.mark.parametrize(
-    "verbs",
-    ["begin"]
-    + [
-        pytest.param(verbs, marks=pytest.mark.slow)
-        for verbs in ("put", "promote,rollback,gate,replay,delete,gc,migrate")
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("verbs", ["begin", "put", "promote,rollback,gate,replay,delete,gc,migrate"])
 def test_no_write_or_flush_of_a_verb_fails_unheard(verbs: str, tmp_path: Path) -> None:
     command = [sys.executable, str(WRITER), str(tmp_path / "store"), "errors", verbs, "1", "300"]
     found = subprocess.run(

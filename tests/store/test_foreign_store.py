@@ -15,6 +15,7 @@ from turret.store import Store
 from turret.store.golden import Example, GoldenSet, digest_of
 from turret.workspace import Workspace
 
+FILES = "s3"  # of a store by URL
 READS = [["list"], ["show", "a@1"], ["diff", "a@1", "a@2"], ["verify"], ["gate", "a"], ["gc", "--dry-run"]]
 
 

@@ -23,6 +23,8 @@ from turret.store import Store, artifacts, catalog, scratch, upkeep
 from turret.store.blobs import Blob, hash_file
 from turret.store.uploads import Upload
 
+FILES = "s3"  # of a store by URL
+
 
 def test_the_files_of_a_deleted_version_go_and_shared_ones_stay(store, put) -> None:
     put(), put()

@@ -16,6 +16,7 @@ from marks import few, slow
 from turret.location import Location
 from turret.store import Store
 
+FILES = "s3"  # of a store by URL
 WRITER = Path(__file__).with_name("writer.py")
 KINDS = ["folder", pytest.param("url", marks=pytest.mark.slow)]
 EVERY_KILL = pytest.mark.parametrize("where", KINDS, indirect=True)
@@ -217,7 +218,7 @@ def _race(where: str, processes: int, count: int, verbs: str) -> None:
 
 @pytest.mark.parametrize(
     ("where", "verbs"),
-    few([(where, verbs) for where in ("folder", "url") for verbs in (VERBS, "put,get,delete,gc")], 1),
+    slow([(where, verbs) for where in ("folder", "url") for verbs in (VERBS, "put,get,delete,gc")]),
     indirect=["where"],
 )
 def test_processes_at_all_verbs_at_once_break_nothing(where, verbs) -> None:

@@ -14,6 +14,8 @@ from turret.errors import QueueFull
 from turret.store import JobQueue, Store, queued_data
 from turret.store.artifacts import Artifacts
 
+FILES = "s3"  # of a store by URL
+
 PLACE, OTHER = "a" * 32, "b" * 32
 Submit = Callable[..., str]
 

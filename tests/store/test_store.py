@@ -14,6 +14,8 @@ from turret import database as db
 from turret.errors import BadReference, BundleError, Corrupt, NotFound, StoreError
 from turret.store import Store, fold_comparisons
 
+FILES = "s3"  # of a store by URL
+
 
 def test_what_is_put_comes_back_bit_for_bit(store, make_bundle, tmp_path) -> None:
     bundle = make_bundle(os.urandom(3_000_000))

@@ -14,6 +14,8 @@ from turret.store import Store
 from turret.store.blobs import hash_file
 from turret.store.upkeep import Damage, Verified
 
+FILES = "s3"  # of a store by URL
+
 
 def problems(store: Store, reference: str | None = None) -> list[str]:
     return [str(problem) for problem in store.verify(reference).problems]
