@@ -53,7 +53,8 @@ class RecordedMigrations:
     @staticmethod
     def _repeat(connection: Connection, statements: list[tuple[str, Any]]) -> None:
         if connection.dialect.name == "postgresql" and not any(parameters for _, parameters in statements):
-            connection.connection.cursor().execute(";\n".join(statement for statement, _ in statements))  # in one message
+            together = ";\n".join(statement for statement, _ in statements)
+            connection.connection.cursor().execute(together)  # in one message
             return
         for statement, parameters in statements:
             connection.exec_driver_sql(statement, parameters or None)

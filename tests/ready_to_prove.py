@@ -1,4 +1,4 @@
-"""Imports what proofs need, and builds what transformers builds once: `forked_proofs.py` forks proofs from its process."""
+"""Makes a process ready to prove bundles, once: `forked_proofs.py` forks proofs from it."""
 
 import gc
 import importlib

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import pytest
 import small_models
 import tiny_training as tiny
 from small_disk import mounted_disk
+from transformers import PreTrainedModel
 
 from turret.errors import (
     Corrupt,
@@ -266,6 +268,26 @@ def test_a_base_that_changed_under_its_name_is_refused(trained, tmp_path) -> Non
     finally:
         shutil.rmtree(base)
         shutil.copytree(kept, base)
+
+
+@pytest.mark.slow
+def test_after_a_training_its_base_is_not_in_memory(trained, tmp_path, monkeypatch) -> None:
+    def models() -> list[PreTrainedModel]:
+        return [each for each in gc.get_objects() if isinstance(each, PreTrainedModel)]
+
+    def kept(large: int) -> int:
+        monkeypatch.setattr("turret.bases.base.LARGE", large)
+        before = len(models())
+        Workspace(tmp_path / str(large)).train(trained.recipe.with_overrides({"train.epochs": "1"}))
+        return len(models()) - before
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert kept(0) == 0
+        assert kept(1 << 40) > 0  # the control
+    finally:
+        gc.enable()
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from small_models import ENCODERS, FAMILIES, GENERATORS, build, save_base, tokenizer
 
 from turret import bases
+from turret.bases import base as loading
 from turret.errors import BaseModelError, UnknownFamily
 
 
@@ -118,6 +121,24 @@ def test_loading_is_silent_and_leaves_the_settings_of_transformers_alone(
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
     assert capfd.readouterr() == ("", "")
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(("large", "freed"), [(0, True), (1 << 40, False)])  # the control: it would stay
+def test_a_large_base_that_nothing_uses_is_freed_before_the_next_is_read(
+    bert: Path, monkeypatch: pytest.MonkeyPatch, large: int, freed: bool
+) -> None:
+    monkeypatch.setattr(loading, "LARGE", large)
+    monkeypatch.setattr(loading, "_large", weakref.WeakSet())
+    gc.disable()
+    try:
+        model = bases.load(str(bert)).model
+        model.__dict__["itself"] = model  # as adapters make it: then only a search for garbage frees it
+        seen = weakref.ref(model)
+        del model
+        bases.load(str(bert))
+        assert (seen() is None) is freed
+    finally:
+        gc.enable()
 
 
 def test_bfloat16_is_a_cast_of_the_weights_and_keeps_rotary_frequencies_exact(llama: Path) -> None:

@@ -3,7 +3,7 @@
 Nothing here writes to a base, opens a pickle or runs code that came with a model.
 """
 
-from turret.bases.base import Base, load
+from turret.bases.base import Base, free_unused, load
 from turret.bases.device import (
     ChosenDevice,
     choose_device,
@@ -22,6 +22,7 @@ __all__ = [
     "default_dtype",
     "fingerprint",
     "float32_products",
+    "free_unused",
     "licence_of",
     "load",
     "native_bfloat16",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -44,6 +45,7 @@ from turret.errors import AdapterError, BaseModelError, DeviceError, UnknownFami
 from turret.families import FAMILIES, family_named, generic
 from turret.families.family import Family, HeadKind, Kind, head_of, take_head_off
 from turret.ops.core import use_device
+from turret.process import release_memory
 from turret.transformer import Model, Tokenizer
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -142,6 +144,7 @@ def load(
     kept = check_quantization(source, quantization)
     chosen, notes_on_device = _chosen_device(device, source, dtype, kept)
     use_device(chosen.device)
+    free_unused()
     extra = arguments(family, kept, chosen.device)
     model, loading = _read_model(source, family, task, num_labels, seed, extra)
     quantized.compute_in(model)
@@ -171,8 +174,24 @@ def load(
             model.to(chosen.device)
     every = (*notes_on(source, family, model, loading), *guessed, *notes, *kept_notes, *notes_on_device)
     size = quantized.stored_bytes(model)
+    if size >= LARGE:
+        _large.add(model)
     found = Base.of(source, model, tokenizer, family, digest, torch_dtype)
     return replace(found, fresh=fresh, bytes=size, notes=every, quantization=quantization, drawn_in=drawn_in)
+
+
+LARGE = 128 << 20  # bytes of a base that is worth a search for garbage
+_large: weakref.WeakSet[Model] = weakref.WeakSet()  # large bases that this process loaded
+
+
+def free_unused() -> None:
+    """Return the memory of large bases that nothing uses any more.
+
+    Their modules refer to each other, so that it is only free once Python has searched for garbage. That may be after
+    the next base is loaded.
+    """
+    if _large:
+        release_memory()
 
 
 NO_HEAD: dict[HeadKind, str] = {

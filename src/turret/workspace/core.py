@@ -348,10 +348,13 @@ class Workspace:
             TrainingError: the training stopped.
         """
         dataset = reading.read_before_torch(self.store, recipe, on_stage or silent)
+        from turret.bases import free_unused
         from turret.workspace import training
 
         callbacks = training.Callbacks(on_record or silent, on_plan or silent, on_stage or silent, on_warning or silent)
-        return training.train(self.store, recipe, callbacks, dataset, fresh=fresh, beside_base=beside_base)
+        result = training.train(self.store, recipe, callbacks, dataset, fresh=fresh, beside_base=beside_base)
+        free_unused()
+        return result
 
     def compare(
         self,
