@@ -13,6 +13,7 @@ from server.echo import LABELS, probabilities
 
 import turret
 from turret import audit
+from turret.server import services
 from turret.store import Version, promises
 from turret.store.promises import Promise, Terms
 from turret.workspace import Workspace
@@ -105,7 +106,8 @@ def test_outcomes_reach_a_promise_by_the_receipt_of_the_answer(workspace, put, s
 
 
 @pytest.mark.parametrize("when_broken", few(["rollback", "alarm", "stricter"], 1))
-def test_a_broken_promise_is_seen_and_acted_on(workspace, put, serve, when_broken) -> None:
+def test_a_broken_promise_is_seen_and_acted_on(workspace, put, serve, when_broken, monkeypatch) -> None:
+    monkeypatch.setattr(services, "GUARD_SECONDS", 0.3)
     put("a")
     version = put("a")
     workspace.promote("a@1", "production")
