@@ -34,9 +34,6 @@ if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).
 sys.dont_write_bytecode = False
 
 
-TESTS = Path(__file__).parent
-# A worker without tests takes the last half of another's. These tests share little that would then be made twice.
-EASILY_SPLIT = ("server", "store")
 SECONDS = "turret/seconds"  # of each test file, as of its last run: `make check` reads them in the cache of pytest
 _took: dict[str, float] = {}
 
@@ -147,8 +144,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need an accelerator are skipped, with a word, where there is none. `EASILY_SPLIT` come last."""
-    items.sort(key=lambda item: any(item.path.is_relative_to(TESTS / each) for each in EASILY_SPLIT))
+    """Tests that need an accelerator are skipped, with a word, where there is none."""
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch
