@@ -110,6 +110,17 @@ def test_a_process_that_stored_its_version_and_died_is_only_measured_again(compa
     assert again.rows[0].versions == found.rows[0].versions
 
 
+def test_a_comparison_that_is_held_by_another_process_is_refused(compared) -> None:
+    from filelock import FileLock
+
+    recipe, workspace, found, _ = compared
+    with (
+        FileLock(Path(found.folder) / "lock", thread_local=False),
+        pytest.raises(StoreError, match="another process runs the comparison"),
+    ):
+        workspace.compare(recipe, methods="lora", against="lora", seeds=1)
+
+
 def test_the_report_says_when_where_and_with_what_and_keeps_the_losses(compared) -> None:
     _, _, found, _ = compared
     said = json.loads((Path(found.folder) / "report.json").read_text())
@@ -193,17 +204,6 @@ def test_progress_says_no_time_left_before_a_training_has_ended(tmp_path) -> Non
     runner.results[full.key] = result(full, dataset(20), 0.9, 1)
     write_text(tmp_path / "cells" / full.key / "result.json", "{}")
     assert "left" in runner.title(cells, len(cells))  # control
-
-
-def test_a_comparison_that_is_held_by_another_process_is_refused(compared) -> None:
-    from filelock import FileLock
-
-    recipe, workspace, found, _ = compared
-    with (
-        FileLock(Path(found.folder) / "lock", thread_local=False),
-        pytest.raises(StoreError, match="another process runs the comparison"),
-    ):
-        workspace.compare(recipe, methods="lora", against="lora", seeds=1)
 
 
 def test_a_budget_that_is_over_at_once_leaves_everything_for_later(tmp_path) -> None:
