@@ -237,6 +237,9 @@ def test_a_run_killed_again_and_again_at_any_moment_still_ends_the_same(tmp_path
     assert got == expected
     curves = [[tiny.repeatable(r) for r in read_curve(each / "curve.jsonl")] for each in (uninterrupted, tmp_path)]
     assert curves[0] == curves[1]
+    finished = child(tmp_path)
+    assert (finished.returncode, finished.stdout) == (0, ""), finished.stderr
+    assert json.loads((tmp_path / "weights.json").read_text()) == {"resumed_from": 6, "weights": expected}
 
 
 def test_a_finished_run_started_again_gives_its_adapter_without_a_step(tmp_path: Path) -> None:
