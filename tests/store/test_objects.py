@@ -6,6 +6,7 @@ On S3, and on fsspec's memory filesystem, the simplest one.
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
 import subprocess
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -22,7 +24,7 @@ from servers import BUCKET
 from store.s3_proxy import proxied
 
 from turret.errors import Corrupt, StoreError
-from turret.store.blobs import Blob, Objects, _s3, hash_file
+from turret.store.blobs import Blob, Blobs, Objects, _s3, hash_file
 
 PART = 5 << 20  # the smallest part that S3 accepts
 Make = Callable[..., Objects]
@@ -232,6 +234,32 @@ def test_files_of_another_name_are_nobodys(make, tmp_path) -> None:
         for name in ("blobs/sha256/ab/short", "blobs/sha256/xx", "blobs/other", f"blobs/sha256/00/{'f' * 64}"):
             system.pipe_file(f"{objects._prefix}/{name}", b"x")
     assert [each for _, each in objects.walk()] == [blob]
+
+
+class Unconditional(MemoryFileSystem):
+    """A server that has no conditional writes."""
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **more: Any) -> None:
+        if mode == "create":
+            raise OSError(errno.ENOSYS, "not implemented")
+        super().pipe_file(path, value, mode, **more)
+
+
+def test_of_catalogs_that_claim_one_place_at_once_the_first_has_it(make, tmp_path) -> None:
+    for one, other in ((make(), make()), (Blobs(tmp_path), Blobs(tmp_path))):
+        assert (one.owner(), other.owner()) == (None, None)
+        one.claim("one")
+        other.claim("other")
+        assert one.owner() == other.owner() == "one"
+    assert [each.name for each in tmp_path.rglob("*") if each.is_file()] == ["catalog"]
+
+
+def test_a_place_can_be_claimed_without_conditional_writes(monkeypatch, tmp_path) -> None:
+    memory = Unconditional(global_store=False, skip_instance_cache=True)
+    monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EPERM, "no second names")))
+    for files in (Objects(f"memory://{uuid.uuid4().hex}", lambda: memory), Blobs(tmp_path)):
+        files.claim("one")
+        assert files.owner() == "one"
 
 
 # --- trouble ----------------------------------------------------------------------------------------------------------

@@ -123,8 +123,8 @@ class Blobs:
             return None
 
     def claim(self, identity: str) -> None:
-        """Record that the files belong to the catalog with this id."""
-        with self._new_file(self._folder / OWNER, 0o666) as file:
+        """Record that the files belong to the catalog with this id, unless another catalog was faster."""
+        with self._new_file(self._folder / OWNER, 0o666, replaces=False) as file:
             file.write(identity.encode())
 
     def check(self, blob: Blob) -> None:
@@ -164,8 +164,13 @@ class Blobs:
             raise missing_file(path, blob.digest) from None
 
     @contextmanager
-    def _new_file(self, final: Path, mode: int) -> Iterator[BinaryIO]:
-        """A file that the block writes. It appears under its final name when it is on the disk."""
+    def _new_file(self, final: Path, mode: int, *, replaces: bool = True) -> Iterator[BinaryIO]:
+        """A file that the block writes. It appears under its final name when it is on the disk.
+
+        Args:
+            replaces: whether it takes the place of a file that is there by then. Else that one stays; a disk without
+                second names cannot tell, and replaces it.
+        """
         self._make(self._tmp)
         temporary = self._tmp / uuid.uuid4().hex
         try:
@@ -173,7 +178,8 @@ class Blobs:
                 yield file
                 flush(file)
             temporary.chmod(mode & permissions(final.parent))
-            os.replace(temporary, final)
+            if replaces or not _link_if_new(temporary, final):
+                os.replace(temporary, final)
             sync(final.parent)
         finally:
             temporary.unlink(missing_ok=True)
@@ -280,7 +286,8 @@ class _File(Protocol):
 class _FileSystem(Protocol):
     """The methods of fsspec's AbstractFileSystem that are used here."""
 
-    def pipe_file(self, key: str, data: bytes) -> None: ...
+    def pipe_file(self, key: str, data: bytes, mode: str = ...) -> None: ...
+    def exists(self, key: str) -> bool: ...
     def cat_file(self, key: str) -> bytes: ...
     def get_file(self, key: str, target: str) -> None: ...
     def rm_file(self, key: str) -> None: ...
@@ -394,8 +401,13 @@ class Objects:
         return None
 
     def claim(self, identity: str) -> None:
+        key, data = f"{self._prefix}/{OWNER}", identity.encode()
         with self._system() as system:
-            system.pipe_file(f"{self._prefix}/{OWNER}", identity.encode())
+            try:
+                system.pipe_file(key, data, mode="create")
+            except OSError:
+                if not system.exists(key):  # a server without conditional writes
+                    system.pipe_file(key, data)
 
     # --- private ------------------------------------------------------------------------------------------------------
 
@@ -458,6 +470,17 @@ def _s3(url: str) -> _FileSystem:
     with require_package(f"files {url}: S3", "s3fs", "pip install 'turret[s3]'", StoreError):
         from turret.store.s3 import S3
     return S3()
+
+
+def _link_if_new(path: Path, name: Path) -> bool:
+    """Give a file a second name, unless a file has it. False on disks that have no second names."""
+    try:
+        os.link(path, name)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _require_same(found: Blob, expected: Blob, source: Path) -> None:
