@@ -151,9 +151,10 @@ def test_a_pass_of_one_example_has_a_loss_with_a_graph() -> None:
 @pytest.mark.parametrize("name", ["MultipleNegativesRankingLoss", "CoSENTLoss", "TripletLoss"])
 def test_losses_and_gradients_equal_those_of_sentence_transformers(name: str, dimensions: tuple[int, ...]) -> None:
     losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    from sentence_transformers import SentenceTransformer
 
     class Given(torch.nn.Module):
-        """A model that gives its inputs: vectors."""
+        """The only part of a model that gives its inputs: vectors."""
 
         def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
             return {"sentence_embedding": features["vectors"]}
@@ -161,7 +162,7 @@ def test_losses_and_gradients_equal_those_of_sentence_transformers(name: str, di
         def get_embedding_dimension(self) -> int:
             return 8
 
-    model = Given()
+    model = SentenceTransformer(modules=[Given()], device="cpu")
     vectors = drawn(7, 3 if name == "TripletLoss" else 2, 8)
     objective = {"CoSENTLoss": "cosent", "TripletLoss": "triplet"}.get(name, "multiple_negatives")
     values = [0.2, 4.0, 4.0, 1.0, 2.5, 0.2, 3.0]
