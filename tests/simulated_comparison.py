@@ -107,11 +107,12 @@ def made(
     steps: Mapping[str, int] | None = None,
     twins: Sequence[str] = (),
     by_spec: Mapping[str, float] | None = None,
+    backwards: bool = False,
     **quality: float,
 ) -> Comparison:
     """quality: the accuracy of a method, by its kind; collapsed: seeds of a method that learnt nothing; falling: specs
     whose loss falls to the last step; steps, by_spec: the steps and the accuracy of a row; twins: rows of the baseline
-    that are trained for other steps."""
+    that are trained for other steps; backwards: the last cell ended first."""
     usual = {"base": 0.5, "head": 0.8, "linear": 0.9, "full": 0.95, "lora": 0.95, "prefix": 0.85} | quality
     recipe = Recipe(name="tiny", base="small", data="tiny.csv")
     data = dataset(count, kind, text)
@@ -137,6 +138,8 @@ def made(
         for number, cell in enumerate(plan.cells(), 1)
         if cell.candidate.spec not in without
     ]
+    if backwards:
+        results.reverse()
     return comparison(
         plan, data, results, failures=failures or {}, missing=missing, budget=None, folder="there",
         command="turret compare tiny.csv --base small", power=power(Spread.assumed(data.kind), seeds, count, margin),

@@ -127,6 +127,12 @@ def test_the_claims_have_a_value_and_a_yes_or_no_each() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fractions", [(1.0,), (1.0, 0.5)])
+def test_the_order_in_which_workers_end_the_cells_changes_nothing(fractions: tuple[float, ...]) -> None:
+    one, other = (made(fractions=fractions, seeds=2, count=200, backwards=backwards) for backwards in (False, True))
+    assert one.as_json() == other.as_json()
+
+
 def test_a_method_that_could_not_run_stands_there_with_the_reason() -> None:
     comparison = made("full,lora,prefix", without=("prefix",), failures={"prefix": "seed 42: no room"}, missing=4)
     assert rows(comparison)["prefix"].failed == "seed 42: no room"

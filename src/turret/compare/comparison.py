@@ -340,6 +340,7 @@ def comparison(
 
     Args:
         data: the data set; scores are in the order of its test examples.
+        results: in any order, because workers end cells in any order.
         failures: spec -> why it could not run.
         missing: number of trainings that have not run.
         budget: seconds that the trainings may take.
@@ -347,6 +348,8 @@ def comparison(
         command: that repeats it.
         power: what the design can decide.
     """
+    places = {(cell.candidate.spec, cell.seed, cell.fraction): place for place, cell in enumerate(design.cells())}
+    results = sorted(results, key=lambda each: places[each.spec, each.seed, each.fraction])
     bases = {result.base["fingerprint"] for result in results}
     if len(bases) > 1:
         raise TrainingError(f"the base changed between trainings of this comparison: delete {folder} and compare again")
