@@ -19,6 +19,7 @@ import yaml
 from clients.environments import Unavailable, environment
 
 from turret.cli.main import app
+from turret.location import Location
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SCALED = {kind: {"server": {"autoscaling": {"kind": kind}}, "worker": {"autoscaling": {"kind": kind}}} for kind in
@@ -30,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full": {
         "server": {"bases": ["a/b", "pypi:c"], "args": ["--memory", "2GB"], "nodeSelector": {"gpu": "yes"}},
         "worker": {"args": ["--most-hours", "12"], "tolerations": [{"key": "gpu", "operator": "Exists"}]},
-        "store": {"s3": {"endpoint": "http://minio:9000", "region": "us-east-1"}},
+        "store": {"s3": {"endpoint": "http://s3.example.org:9000", "region": "us-east-1"}},
         "networkPolicy": {"from": [{"namespaceSelector": {}}]},
     },
     "wrong": {"server": {"resources": {"request": {"cpu": "2"}}}},
@@ -85,6 +86,18 @@ def test_the_containers_of_compose_run_without_rights_and_with_a_read_only_root(
     published = [port for each in compose()["services"].values() for port in each.get("ports", ())]
     assert published
     assert all(port.startswith("127.0.0.1:") for port in published)
+
+
+def test_all_containers_of_compose_see_the_files_of_the_store() -> None:
+    services = [each for each in compose()["services"].values() if each["image"] == "turret"]
+    (store,) = {each["environment"]["TURRET_STORE"] for each in services}
+    files = Location.parse(store).files
+    assert isinstance(files, Path)
+    for each in services:
+        (volume,) = each["volumes"]
+        name, _, folder = volume.partition(":")
+        assert name in compose()["volumes"]
+        assert files.is_relative_to(folder)
 
 
 def test_docker_compose_takes_the_file() -> None:
@@ -194,7 +207,7 @@ def test_every_pod_runs_a_command_that_turret_has_without_rights_and_with_a_read
     assert environment["TURRET_STORE"] == (
         "postgresql://turret@postgres.example.org:5432/turret?files=s3://turret/production&sslmode=require"
     )
-    assert environment["AWS_ENDPOINT_URL"] == "http://minio:9000"
+    assert environment["AWS_ENDPOINT_URL"] == "http://s3.example.org:9000"
     assert full["server"]["terminationGracePeriodSeconds"] > 60, "a server drains for 60 s"
 
 
