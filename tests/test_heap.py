@@ -84,20 +84,20 @@ def test_memory_that_threads_free_while_an_engine_keeps_its_own_is_returned_too(
 NESTED = """
 import resource, sys, torch
 from turret import process
-def faults():
+def faults(blocks):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10): [torch.empty(6 << 20).fill_(1.0) for _ in range(5)]
+    for _ in range(10): [torch.empty(6 << 20).fill_(1.0) for _ in range(blocks)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 with process.keep_freed():
     with process.keep_freed():
-        faults()
+        faults(5)
     process.release_memory()
-    faults()
-    print(faults())
+    faults(5)
+    print(faults(5))
 process.release_memory()
-faults()
-print(faults())
-"""  # an engine's thread, in which a training begins and ends
+faults(15)
+print(faults(15))
+"""  # an engine's thread, in which a training begins and ends. More blocks at the end than fit into a hole of the heap
 
 
 @pytest.mark.slow
